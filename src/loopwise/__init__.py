@@ -1,0 +1,50 @@
+"""Loopwise: models that think in loops.
+
+The names below are imported when they are first used, so that `import loopwise` loads neither torch nor
+transformers.
+"""
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loopwise.engine.sampling import Sampling as Sampling
+    from loopwise.hub import load as load
+    from loopwise.hub import save as save
+    from loopwise.hub.tokenizer import Tokenizer as Tokenizer
+    from loopwise.loops.drivers import run_until as run_until
+    from loopwise.loops.drivers import segments as segments
+    from loopwise.loops.drivers import unroll as unroll
+    from loopwise.loops.exits import parse_rule as parse_rule
+    from loopwise.models.looped_lm import LoopedLM as LoopedLM
+    from loopwise.models.looped_lm import LoopedLMConfig as LoopedLMConfig
+    from loopwise.trace import LoopTrace as LoopTrace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoopTrace": "loopwise.trace",
+    "LoopedLM": "loopwise.models.looped_lm",
+    "LoopedLMConfig": "loopwise.models.looped_lm",
+    "Sampling": "loopwise.engine.sampling",
+    "Tokenizer": "loopwise.hub.tokenizer",
+    "load": "loopwise.hub",
+    "parse_rule": "loopwise.loops.exits",
+    "run_until": "loopwise.loops.drivers",
+    "save": "loopwise.hub",
+    "segments": "loopwise.loops.drivers",
+    "unroll": "loopwise.loops.drivers",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    near = difflib.get_close_matches(name, _HOMES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(_HOMES)}"
+    raise AttributeError(f"module 'loopwise' has no attribute {name!r}{hint}", name=name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]
