@@ -1,0 +1,61 @@
+"""Find a checkpoint: a local folder, or a hub id that is fetched once and then cached."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loopwise.errors import CheckpointError, NotFoundError
+
+_WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+
+
+def locate(path_or_id: str | Path) -> Path:
+    """The local folder of a checkpoint.
+
+    A path that exists is used as it is; `org/name` is fetched from the hub into its cache (no network when
+    `HF_HUB_OFFLINE=1`; pickled weights are never fetched).
+
+    Raises:
+        NotFoundError: when there is neither such a folder nor such a hub id within reach.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise NotFoundError(f"{path_or_id} is a file; give the folder that holds config.json and *.safetensors")
+    name = str(path_or_id)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise NotFoundError(f"{name}: no such folder, and not a hub id of the form organisation/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
+    except HFValidationError as error:
+        raise NotFoundError(f"{name}: not a folder, and not a valid hub id ({error})") from None
+    except LocalEntryNotFoundError:
+        raise NotFoundError(
+            f"{name}: not a folder, not in the hub cache, and the hub is out of reach (offline?); "
+            "give a local folder, or fetch it once with a network"
+        ) from None
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NotFoundError(f"{name}: not a folder here, and the hub answered: {reason}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        NotFoundError: when the file is not there.
+        CheckpointError: when it is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError(f"{path.parent} has no {path.name}; a checkpoint folder needs one") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); fetch or write it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; a JSON object is needed")
+    return value
