@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loopwise.engine.sampling import Sampling as Sampling
-    from loopwise.hub import load as load
-    from loopwise.hub import save as save
+    from loopwise.hub.checkpoints import load as load
+    from loopwise.hub.checkpoints import save as save
     from loopwise.hub.tokenizer import Tokenizer as Tokenizer
     from loopwise.loops.drivers import run_until as run_until
     from loopwise.loops.drivers import segments as segments
     from loopwise.loops.drivers import unroll as unroll
     from loopwise.loops.exits import parse_rule as parse_rule
+    from loopwise.models.config import LoopedLMConfig as LoopedLMConfig
     from loopwise.models.looped_lm import LoopedLM as LoopedLM
-    from loopwise.models.looped_lm import LoopedLMConfig as LoopedLMConfig
     from loopwise.trace import LoopTrace as LoopTrace
 
 __version__ = "0.1.0"
@@ -26,13 +26,13 @@ __version__ = "0.1.0"
 _HOMES = {
     "LoopTrace": "loopwise.trace",
     "LoopedLM": "loopwise.models.looped_lm",
-    "LoopedLMConfig": "loopwise.models.looped_lm",
+    "LoopedLMConfig": "loopwise.models.config",
     "Sampling": "loopwise.engine.sampling",
     "Tokenizer": "loopwise.hub.tokenizer",
-    "load": "loopwise.hub",
+    "load": "loopwise.hub.checkpoints",
     "parse_rule": "loopwise.loops.exits",
     "run_until": "loopwise.loops.drivers",
-    "save": "loopwise.hub",
+    "save": "loopwise.hub.checkpoints",
     "segments": "loopwise.loops.drivers",
     "unroll": "loopwise.loops.drivers",
 }

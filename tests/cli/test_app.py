@@ -49,9 +49,9 @@ def test_every_verb_of_the_table_has_its_module(verb: str) -> None:
         (["dmo"], "there is no verb 'dmo'; did you mean demo; allowed: demo, train, generate, chat, info, convert"),
         (["--vrsion"], "no such option: --vrsion; did you mean --version; type: loopwise --help"),
         (["demo"], "missing argument 'model'; type: loopwise demo --help"),
-        (["demo", "m", "--lops=3"], "no such option: --lops; did you mean --loops; type: loopwise demo --help"),
+        (["demo", "m", "--lloops=3"], "no such option: --lloops; did you mean --loops; type: loopwise demo --help"),
         (["demo", "m", "more"], "got unexpected extra argument(s) (more); type: loopwise demo --help"),
-        (["demo", "m", "--loops=four"], "invalid value for '--loops': 'four' is not a valid"),
+        (["demo", "m", "--loops=four"], "invalid value for '--loops': Input should be a valid integer"),
     ],
 )
 def test_usage_mistakes_are_one_line(

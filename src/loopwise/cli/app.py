@@ -76,11 +76,12 @@ def build_app() -> TyperGroup:
     return group
 
 
-def show_version(wanted: bool) -> None:
+def show_version(wanted: bool) -> bool:
     """Print the version and stop, if it was asked for."""
     if wanted:
         typer.echo(f"loopwise {__version__}")
         raise typer.Exit
+    return wanted
 
 
 def run(arguments: list[str]) -> int:
