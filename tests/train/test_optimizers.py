@@ -21,11 +21,11 @@ from loopwise.train.optimizers import (
 BLOCKS = fused_blocks(heads=2, kv_heads=1, head_width=4, mlp_width=12)
 SHAPES = {
     "embed.weight": (20, 8),
-    "core.0.attention.qkv.weight": (16, 8),
-    "core.0.attention.qk_bias": (3, 4),
-    "core.0.attention.out.weight": (8, 8),
-    "core.0.mlp.gate_up.weight": (24, 8),
-    "core.0.mlp.down.weight": (8, 12),
+    "core.0.attention.branch.qkv.weight": (16, 8),
+    "core.0.attention.branch.qk_bias": (3, 4),
+    "core.0.attention.branch.out.weight": (8, 8),
+    "core.0.mlp.branch.gate_up.weight": (24, 8),
+    "core.0.mlp.branch.down.weight": (8, 12),
     "core.0.experts.up": (3, 5, 8),
     "norm.weight": (8,),
     "gate.weight": (1, 8),
@@ -86,8 +86,8 @@ def naive_muon(matrix, gradients, rates, decay, momentum=0.95):
         ("head.weight", "head"),
         ("gate.weight", "gate"),
         ("gate.bias", "vector"),
-        ("core.0.attention.qk_bias", "vector"),
-        ("core.0.mlp.gate_up.weight", "matrix"),
+        ("core.0.attention.branch.qk_bias", "vector"),
+        ("core.0.mlp.branch.gate_up.weight", "matrix"),
         ("norm.weight", "vector"),
         ("core.0.experts.up", "matrix"),
     ],
@@ -113,7 +113,7 @@ def test_adamw_against_the_formula(decay_embeddings):
         assert report.gradient_norm == pytest.approx(float(flat.norm()), rel=1e-12)
         optimizer.zero_grad()
         assert all(parameter.grad is None for parameter in parameters.values())
-    undecayed = {"core.0.attention.qk_bias", "norm.weight", "gate.weight", "gate.bias"}
+    undecayed = {"core.0.attention.branch.qk_bias", "norm.weight", "gate.weight", "gate.bias"}
     undecayed |= set() if decay_embeddings else {"embed.weight"}
     for name, parameter in parameters.items():
         expected = naive_adamw(before[name], gradients[name], rates, 0.0 if name in undecayed else 0.1)
@@ -140,10 +140,10 @@ def test_muon_treats_each_logical_matrix_alone():
         torch.testing.assert_close(actual.detach(), expected, rtol=0, atol=1e-11)
 
     for name, cuts in (
-        ("core.0.attention.qkv.weight", (0, 8, 12, 16)),
-        ("core.0.mlp.gate_up.weight", (0, 12, 24)),
-        ("core.0.attention.out.weight", (0, 8)),
-        ("core.0.mlp.down.weight", (0, 8)),
+        ("core.0.attention.branch.qkv.weight", (0, 8, 12, 16)),
+        ("core.0.mlp.branch.gate_up.weight", (0, 12, 24)),
+        ("core.0.attention.branch.out.weight", (0, 8)),
+        ("core.0.mlp.branch.down.weight", (0, 8)),
     ):
         for start, stop in itertools.pairwise(cuts):
             close(parameters[name][start:stop], expected_rows(name, start, stop))
@@ -190,7 +190,7 @@ def test_the_wide_muon_is_torchs_up_to_bfloat16():
 def test_a_matrix_that_moved_elsewhere_is_still_trained():
     parameters = make_parameters()
     optimizer = build_optimizer(parameters.items(), OptimizerConfig(name="muon"), blocks=BLOCKS)
-    parameter = parameters["core.0.attention.qkv.weight"]
+    parameter = parameters["core.0.attention.branch.qkv.weight"]
     parameter.data = parameter.data.clone()
     before = parameter.detach().clone()
     fill_gradients(parameters, 0)
@@ -212,7 +212,7 @@ def test_clipping_scales_to_the_norm_and_only_when_above():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("where", ["embed.weight", "core.0.attention.qkv.weight", "gate.bias"])
+@pytest.mark.parametrize("where", ["embed.weight", "core.0.attention.branch.qkv.weight", "gate.bias"])
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(name, poison, where):
     parameters = make_parameters(torch.float32)
     optimizer = build_optimizer(parameters.items(), OptimizerConfig(name=name), blocks=BLOCKS)
@@ -341,7 +341,9 @@ def test_wrong_settings_are_refused_in_one_line(wrong):
 def test_what_cannot_be_built_is_refused():
     parameters = make_parameters()
     with pytest.raises(ConfigError, match="add up to 15"):
-        build_optimizer(parameters.items(), OptimizerConfig(name="muon"), blocks={"attention.qkv.weight": (5, 5, 5)})
+        build_optimizer(parameters.items(), OptimizerConfig(name="muon"), blocks={"qkv.weight": (5, 5, 5)})
+    with pytest.raises(ConfigError, match="no parameter is named"):
+        build_optimizer(parameters.items(), OptimizerConfig(name="muon"), blocks={"kv.weight": (8, 8)})
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter requires a gradient"):

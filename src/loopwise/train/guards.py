@@ -133,7 +133,7 @@ def state_collapse(correlation: float | None, config: GuardConfig) -> str | None
         return None
     return (
         f"states of different tokens have become alike (mean cosine {correlation:.3f} > {config.correlation}): loops "
-        "mix the tokens away; use norm=sandwich with injection=adapter and embed_scale=sqrt(width), or a smaller "
+        "mix the tokens away; use norm=pre_post with injection=adapter and embed_scale=sqrt(width), or a smaller "
         "learning_rate"
     )
 
@@ -144,7 +144,7 @@ def ignored_loops(losses: Sequence[float] | None, config: GuardConfig) -> str | 
         return None
     return (
         f"loops 1 and {len(losses)} have the same loss ({losses[0]:.4f} and {losses[-1]:.4f}): the model ignores its "
-        "loops; use norm=sandwich with injection=adapter, draw the number of loops at random, or train longer"
+        "loops; use norm=pre_post with injection=adapter, draw the number of loops at random, or train longer"
     )
 
 

@@ -98,12 +98,12 @@ def role(name: str, parameter: Tensor) -> str:
 def fused_blocks(*, heads: int, kv_heads: int, head_width: int, mlp_width: int) -> dict[str, tuple[int, ...]]:
     """Rows of the logical matrices inside fused ones, by parameter-name suffix, for `build_optimizer(blocks=...)`.
 
-    `attention.qkv.weight` ((heads + 2 kv_heads) head_width, width) holds queries, keys and values;
-    `mlp.gate_up.weight` (2 mlp_width, width) holds the gate and the up projection.
+    `qkv.weight` ((heads + 2 kv_heads) head_width, width) holds queries, keys and values;
+    `gate_up.weight` (2 mlp_width, width) holds the gate and the up projection.
     """
     return {
-        "attention.qkv.weight": (heads * head_width, kv_heads * head_width, kv_heads * head_width),
-        "mlp.gate_up.weight": (mlp_width, mlp_width),
+        "qkv.weight": (heads * head_width, kv_heads * head_width, kv_heads * head_width),
+        "gate_up.weight": (mlp_width, mlp_width),
     }
 
 
@@ -117,9 +117,14 @@ def build_optimizer(
 
     `blocks` says which parameters, by suffix of their name, are several matrices stacked by rows; Muon treats each
     on its own (see `fused_blocks`). A three-dimensional parameter (experts, out, in) is one matrix per expert.
-    Raises `ConfigError` if nothing is trainable or a block does not add up to the rows of its parameter.
+    Raises `ConfigError` if nothing is trainable, if a suffix fits no parameter (frozen ones count), or if blocks do
+    not add up to the rows of their parameter.
     """
-    parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
+    known = dict(named_parameters)
+    for suffix in blocks or {}:
+        if not any(_ends(name, suffix) for name in known):
+            raise ConfigError(f"no parameter is named ...{suffix}; correct the blocks (see fused_blocks)")
+    parameters = {name: parameter for name, parameter in known.items() if parameter.requires_grad}
     if not parameters:
         raise ConfigError("no parameter requires a gradient; unfreeze the model or choose an objective that trains it")
     muon = {
@@ -325,7 +330,7 @@ def _parameters_of(member: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _split(name: str, parameter: nn.Parameter, blocks: Mapping[str, tuple[int, ...]]) -> Iterator[Piece]:
-    rows = next((sizes for suffix, sizes in blocks.items() if f".{name}".endswith(f".{suffix}")), None)
+    rows = next((sizes for suffix, sizes in blocks.items() if _ends(name, suffix)), None)
     height = parameter.shape[-2]
     if rows is not None and sum(rows) != height:
         raise ConfigError(f"{name} has {height} rows, but its blocks {rows} add up to {sum(rows)}; correct the blocks")
@@ -338,6 +343,10 @@ def _split(name: str, parameter: nn.Parameter, blocks: Mapping[str, tuple[int, .
             proxy = parameter if label == name else nn.Parameter(view(parameter.detach()))
             yield Piece(name=label, whole=parameter, view=view, proxy=proxy)
             start += size
+
+
+def _ends(name: str, suffix: str) -> bool:
+    return f".{name}".endswith(f".{suffix}")
 
 
 def _cut(expert: int | None, start: int, size: int) -> Callable[[Tensor], Tensor]:
