@@ -279,7 +279,10 @@ def gradient_norm(gradients: list[Tensor]) -> float:
 
 
 def orthogonalize(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-    """Nearly the closest semi-orthogonal matrix: singular values between about 0.7 and 1.2, in float32 or wider."""
+    """Nearly the closest semi-orthogonal matrix, in float32 or wider.
+
+    Singular values end between about 0.7 and 1.2, except those below some 1% of the matrix's norm, which end lower.
+    """
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     x = wide.T if wide.shape[0] > wide.shape[1] else wide
     x = x / x.norm().clamp(min=1e-7)
