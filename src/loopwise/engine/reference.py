@@ -185,7 +185,7 @@ def _complete(
     room = min(sampling.max_tokens, model.config.max_positions - len(prompt))
     memory = DenseMemory(loops=max_loops, capacity=len(prompt) + room)
     sequence = _Sequence(model, sampling, rule, policy, max_loops, memory)
-    ends = () if sampling.ignore_eos or model.tokenizer is None else model.tokenizer.end_ids
+    ends = () if sampling.ignore_eos or model.tokenizer is None else model.tokenizer.stop_ids
     logits, loop = sequence.prefill(prompt), max_loops
     tokens: list[int] = []
     loops: list[int] = []

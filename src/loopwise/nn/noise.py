@@ -59,3 +59,8 @@ def truncated_normal(seed: int, domain: str, *counters: Int[Tensor, "..."], cut:
 def gumbel(seed: int, domain: str, *counters: Int[Tensor, "..."]) -> Float64[Tensor, "..."]:
     """Standard Gumbel noise, -log(-log(u)), addressed like `uniform`."""
     return -torch.log(-torch.log(uniform(seed, domain, *counters)))
+
+
+def integer(seed: int, domain: str) -> int:
+    """A non-negative 63-bit number for this (seed, domain): a seed for something else."""
+    return _key(seed, domain) & (2**63 - 1)
