@@ -48,3 +48,7 @@ class MissingExtraError(UserError, ImportError):
 
 class LoopRangeWarning(UserWarning):
     """More loops were asked for than the model has seen in training."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was read, but not exactly as it is stored."""

@@ -1,30 +1,29 @@
 """Load and save checkpoints of every family: each tensor's name and shape is checked, nothing is guessed."""
 
 import json
-import shutil
-import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loopwise.errors import CheckpointError, ConfigError, StorageError
-from loopwise.hub.family import Family, Origin
+from loopwise.errors import CheckpointError, ConfigError, StorageError, UserError
+from loopwise.hub.family import Family, Origin, SpecialTokens, special_ids
 from loopwise.hub.huginn import Huginn
 from loopwise.hub.locate import locate, read_json
+from loopwise.hub.matching import DTYPES, Layout, build, match
 from loopwise.hub.native import Native
 from loopwise.hub.ouro import Ouro
-from loopwise.hub.shards import StoredTensor, list_tensors, read_tensors, write_tensors, write_text
-
+from loopwise.hub.shards import StoredTensor, copy_file, list_tensors, weight_files, write_tensors, write_text
+from loopwise.hub.tokenizer import Tokenizer
+from loopwise.hub.tokenizer_files import read_text
 from loopwise.models.config import LoopedLMConfig
 from loopwise.models.looped_lm import LoopedLM
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Ouro(), Huginn(), Native())}
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MOST_NAMES = 5
-_COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def load(
@@ -47,42 +46,39 @@ def load(
     stored = list_tensors(folder)
     config = family.read_config(raw, stored.keys())
     origin = Origin(family=family.name, config=raw, folder=folder)
-    places = _match(family, config, stored, origin)
 
-    with torch.device("meta"):
-        model = LoopedLM(config)
-    model = model.to(_resolve_dtype(dtype, stored, places)).to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    passengers = family.passengers(config)
-    with torch.no_grad():
-        repeats_last = sorted(stored, key=lambda name: name in places and places[name][1])
-        for name, tensor in read_tensors({name: stored[name] for name in repeats_last}):
-            if name in passengers:
-                family.check_passenger(config, name, tensor)
-                origin.passengers[name] = tensor.clone()
-                continue
-            entry, duplicate = places[name]
-            target = entry.of(parameters[entry.parameter])
-            if not duplicate:
-                target.copy_(tensor)
-            elif not torch.equal(target, tensor.to(target)):
-                raise CheckpointError(f"{name} and {entry.name} are tied in config.json but differ in the file")
+    def keep_passenger(name: str, tensor: Tensor) -> None:
+        family.check_passenger(config, name, tensor)
+        origin.passengers[name] = tensor.clone()
+
+    layout = layout_of(family, config)
+    model = build(config, layout, stored, dtype=dtype, device=device, passenger=keep_passenger)
+    for name, others in layout.spellings.items():
+        origin.spellings[name] = tuple(spelling for spelling in (name, *others) if spelling in stored)
     model.origin = origin
-    model.tokenizer = None
-    return model.eval()
+    model.tokenizer = load_tokenizer(folder, family, raw)
+    return model
 
 
-def read_config(path_or_id: str | Path) -> tuple[LoopedLMConfig, Family]:
-    """The configuration alone; works without any weights.
+def load_tokenizer(folder: Path, family: Family, raw: Mapping[str, Any]) -> Tokenizer | None:
+    """The tokenizer beside the weights, with the family's special ids; None when there is no tokenizer.json.
 
     Raises:
-        NotFoundError, CheckpointError: as `load`.
+        CheckpointError: when its files are not what they should be.
     """
-    folder = locate(path_or_id)
-    raw = read_json(folder / "config.json")
-    family = family_of(raw)
-    has_weights = any(folder.glob("*.safetensors"))
-    return family.read_config(raw, list_tensors(folder).keys() if has_weights else None), family
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    special = family.special_tokens(raw)
+    if special == special_ids(raw):
+        tokenizer = Tokenizer.load(folder)
+    else:
+        # The family knows that its published files are wrong, whichever of them the tokenizer would read.
+        eos = next(iter(special.eos), None)
+        tokenizer = Tokenizer.load(folder, bos_id=special.bos, eos_id=eos, pad_id=special.pad)
+        tokenizer.special = replace(tokenizer.special, stop=special.eos)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = family.chat_template
+    return tokenizer
 
 
 def family_of(raw: Mapping[str, Any]) -> Family:
@@ -96,67 +92,97 @@ def family_of(raw: Mapping[str, Any]) -> Family:
             return family
     raise CheckpointError(
         f"config.json: model_type={raw.get('model_type')!r}; supported are {', '.join(FAMILIES)} "
-        "(a plain Llama or OLMo-2 becomes a looped model with: loopwise convert)"
+        "(a plain llama or olmo2 becomes a looped model with: loopwise convert SOURCE TARGET retrofit=4,8,4)"
     )
 
 
-def _match(
-    family: Family, config: LoopedLMConfig, stored: Mapping[str, StoredTensor], origin: Origin
-) -> dict[str, tuple[Any, bool]]:
-    """Where each stored tensor goes, and whether it only repeats another one."""
-    places: dict[str, tuple[Any, bool]] = {}
-    problems: list[str] = []
-    missing: list[str] = []
-    other_names = family.spellings(config)
-    for entry in family.entries(config):
-        names = [name for name in (entry.name, *other_names.get(entry.name, ())) if name in stored]
-        if not names:
-            missing.append(entry.name)
-        for name in names:
-            places[name] = (entry, name != names[0])
-            if stored[name].shape != entry.shape:
-                problems.append(f"{name} has shape {stored[name].shape}, config.json implies {entry.shape}")
-        if entry.name in other_names:
-            origin.spellings[entry.name] = tuple(names)
-    for name, shape in family.passengers(config).items():
-        if name in stored and stored[name].shape != shape:
-            problems.append(f"{name} has shape {stored[name].shape}, config.json implies {shape}")
-    unexpected = sorted(set(stored) - set(places) - set(family.passengers(config)))
-    if missing:
-        problems.insert(0, f"missing {_listed(missing)}")
-    if unexpected:
-        problems.insert(0, f"unexpected {_listed(unexpected)}")
-    if problems:
-        shown = "; ".join(problems[:_MOST_NAMES]) + ("; ..." if len(problems) > _MOST_NAMES else "")
-        raise CheckpointError(f"the weights do not fit config.json ({family.name}): {shown}")
-    return places
+def layout_of(family: Family, config: LoopedLMConfig) -> Layout:
+    """What a checkpoint of this family and shape holds."""
+    return Layout(
+        title=family.name,
+        entries=family.entries(config),
+        spellings=family.spellings(config),
+        passengers=family.passengers(config),
+    )
 
 
-def _listed(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMES
-    return f"{len(names)} ({', '.join(names[:_MOST_NAMES])}{f' and {more} more' if more > 0 else ''})"
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights of a checkpoint, as far as their headers tell."""
+
+    tensors: int
+    files: int
+    bytes: int
+    """Size of the files."""
+    dtypes: tuple[str, ...]
+    """Every dtype that occurs."""
 
 
-def _resolve_dtype(
-    asked: str | torch.dtype | None, stored: Mapping[str, StoredTensor], places: Mapping[str, Any]
-) -> torch.dtype:
-    kinds = [stored[name].dtype for name in places]
-    if None in kinds:
-        name = next(name for name in places if stored[name].dtype is None)
-        raise CheckpointError(f"{name} is stored in a dtype that weights do not have; allowed are {', '.join(DTYPES)}")
-    if isinstance(asked, torch.dtype):
-        return asked
-    if asked is not None:
-        if asked not in DTYPES:
-            raise ConfigError(f"dtype={asked!r}: allowed are {', '.join(DTYPES)}")
-        return DTYPES[asked]
-    found = sorted({str(kind) for kind in kinds})
-    kept = kinds[0]
-    if len(found) > 1:
-        warnings.warn(
-            f"the checkpoint mixes {', '.join(found)}; everything is loaded as {kept}", UserWarning, stacklevel=3
-        )
-    return kept
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What is known of a checkpoint without reading its weights."""
+
+    folder: Path
+    family: str
+    config: LoopedLMConfig
+    special: SpecialTokens
+    weights: Weights | None
+    """None when they are absent or broken."""
+    problem: str | None
+    """What is wrong with the weights; None when they are whole, or not there at all."""
+    dtype: str
+    """Dtype of the weights as stored, as config.json says when they are absent, or bfloat16."""
+    tokenizer: Tokenizer | None
+    """None when there is no tokenizer.json."""
+
+
+def inspect(path_or_id: str | Path) -> Inspection:
+    """Look at a checkpoint: its config.json, and its weights' headers if they are there. Fetches no weights.
+
+    Raises:
+        NotFoundError: when there is no such folder, hub id or config.json.
+        CheckpointError: when config.json is of no family we know, or cannot be read.
+    """
+    folder = locate(path_or_id, weights=False)
+    raw = read_json(folder / "config.json")
+    family = family_of(raw)
+    stored: dict[str, StoredTensor] = {}
+    weights: Weights | None = None
+    problem: str | None = None
+    try:
+        files = weight_files(folder)
+        if any(file.is_file() for file in files):
+            stored = list_tensors(folder)
+    except UserError as error:
+        problem = str(error)
+    config = family.read_config(raw, stored.keys() if stored else None)
+    if stored:
+        try:
+            match(layout_of(family, config), stored)
+            weights = Weights(
+                tensors=len(stored),
+                files=len(files),
+                bytes=sum(file.stat().st_size for file in files),
+                dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()})),
+            )
+        except CheckpointError as error:
+            problem = str(error)
+    return Inspection(
+        folder=folder,
+        family=family.name,
+        config=config,
+        special=family.special_tokens(raw),
+        weights=weights,
+        problem=problem,
+        dtype=_dtype_name(raw, stored),
+        tokenizer=load_tokenizer(folder, family, raw),
+    )
+
+
+def _dtype_name(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> str:
+    found = [str(tensor.dtype) for tensor in stored.values() if tensor.dtype is not None]
+    stated = [raw[key] for key in ("dtype", "torch_dtype") if raw.get(key) in DTYPES]
+    return next(iter([*found, *stated]), "bfloat16").removeprefix("torch.")
 
 
 def save(
@@ -179,7 +205,7 @@ def save(
 
     Raises:
         ConfigError: when the family cannot hold the model's shape.
-        StorageError: when the disk refuses; files that were there before stay whole.
+        StorageError: when the disk refuses; a checkpoint that was there before stays whole.
     """
     origin = model.origin or Origin(family="loopwise")
     chosen = origin.family if family is None else family
@@ -189,7 +215,7 @@ def save(
         raise ConfigError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
     writer = FAMILIES[chosen]
     same_family = chosen == origin.family
-    raw = writer.write_config(model.config, origin.config if same_family else _special_only(origin, model))
+    raw = writer.write_config(model.config, origin.config if same_family and origin.config else _special_ids(model))
     tensors: dict[str, Tensor] = {}
     parameters = dict(model.named_parameters())
     for entry in writer.entries(model.config):
@@ -198,39 +224,45 @@ def save(
         names = (origin.spellings.get(entry.name) if same_family else None) or (entry.name,)
         for number, name in enumerate(names):
             tensors[name] = tensor if number == 0 else tensor.clone()
-    if same_family:
-        tensors |= origin.passengers
     for key in ("dtype", "torch_dtype"):
         if key in raw:
             raw[key] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    if same_family:
+        tensors |= origin.passengers
 
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"cannot make the folder {folder}: {error}") from None
+        raise StorageError(f"cannot make the folder {folder}: {error}; choose another") from None
     write_tensors(folder, dict(sorted(tensors.items())), shard_bytes=shard_bytes)
-    _copy_companions(origin.folder, folder)
-    if model.tokenizer is not None and not (folder / "tokenizer.json").is_file():
-        model.tokenizer.save(folder)
+    _write_companions(model, origin, folder, same_family=same_family)
     # Last, so that a folder with config.json is a whole checkpoint.
     write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
 
 
-def _special_only(origin: Origin, model: LoopedLM) -> dict[str, Any]:
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        return {key: value for key, value in origin.config.items() if key.endswith("_token_id")}
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+def _special_ids(model: LoopedLM) -> dict[str, Any]:
+    """Token ids with a role, as every family's config.json spells them."""
+    if model.origin is not None and model.origin.config:
+        special = FAMILIES[model.origin.family].special_tokens(model.origin.config)
+        bos, eos, pad = special.bos, special.eos, special.pad
+    elif model.tokenizer is not None:
+        bos, eos, pad = model.tokenizer.bos_id, model.tokenizer.stop_ids, model.tokenizer.pad_id
+    else:
+        return {}
+    ends: list[int] | int | None = list(eos) if len(eos) > 1 else next(iter(eos), None)
+    ids = {"bos_token_id": bos, "eos_token_id": ends, "pad_token_id": pad}
     return {key: value for key, value in ids.items() if value is not None}
 
 
-def _copy_companions(source: Path | None, target: Path) -> None:
-    if source is None or source.resolve() == target.resolve():
-        return
-    for file in sorted({*(source / name for name in _COPIED), *source.glob("*.jinja")}):
-        if file.is_file():
-            try:
-                shutil.copyfile(file, target / file.name)
-            except OSError as error:
-                raise StorageError(f"cannot write {target / file.name}: {error}; free space") from None
+def _write_companions(model: LoopedLM, origin: Origin, target: Path, *, same_family: bool) -> None:
+    """Tokenizer and generation files: as they were, unless the tokenizer or the family is another one now."""
+    source, tokenizer = origin.folder, model.tokenizer
+    own = source / "tokenizer.json" if source is not None else None
+    changed = tokenizer is not None and (own is None or not own.is_file() or read_text(own) != tokenizer.serialized)
+    if tokenizer is not None and (changed or not same_family):
+        tokenizer.save(target)
+    elif source is not None and same_family and source.resolve() != target.resolve():
+        for file in sorted({*(source / name for name in _COMPANIONS), *source.glob("*.jinja")}):
+            if file.is_file():
+                copy_file(file, target / file.name)

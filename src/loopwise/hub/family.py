@@ -62,6 +62,8 @@ class Family(Protocol):
 
     name: str
     """What `loopwise info` and `loopwise convert` call it."""
+    chat_template: str | None
+    """For checkpoints that bring none; None when the family has no convention."""
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
         """Whether this config.json is of the family."""

@@ -28,6 +28,7 @@ class Huginn:
     """Reads and writes Huginn's and the retrofitted models' config.json and tensor names."""
 
     name = "huginn_raven"
+    chat_template: str | None = None
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
         return raw.get("model_type") == "huginn_raven"
@@ -93,9 +94,7 @@ class Huginn:
             and config.qk_norm == (kinds[0] == "olmo")
         )
         if not fits:
-            raise ConfigError(
-                "this model's shape cannot be written as a huginn_raven checkpoint; save it as family 'loopwise'"
-            )
+            raise ConfigError("this model's shape does not fit a huginn_raven checkpoint; type: family=loopwise")
         if self.reads(raw) and self.read_config(raw, self._telling_names(kinds[0])) == config:
             return dict(raw)
         written = {
@@ -186,7 +185,7 @@ class Huginn:
         positions = torch.arange(config.max_positions)
         tables = rotary_tables(positions, config.head_width, config.rotary_base, torch.float32, config.rotary_scaling)
         if not torch.allclose(torch.stack(tables, dim=-1)[None, :, None], tensor.float(), atol=1e-3):
-            raise CheckpointError(f"{name} is not the rotary table of rope_base={config.rotary_base}; wrong config.json?")
+            raise CheckpointError(f"{name} is not the rotary table of rope_base={config.rotary_base}; mend config.json")
 
     def special_tokens(self, raw: Mapping[str, Any]) -> SpecialTokens:
         """Huginn's published config leaves the ids to its code: bos 65504, eos 65505, end of turn 65508, pad 65509."""

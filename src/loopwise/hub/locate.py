@@ -6,14 +6,18 @@ from typing import Any
 
 from loopwise.errors import CheckpointError, NotFoundError
 
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
+_SMALL = ("*.json", "*.jinja")
+_WEIGHTS = ("*.safetensors",)
 
 
-def locate(path_or_id: str | Path) -> Path:
+def locate(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a checkpoint.
 
     A path that exists is used as it is; `org/name` is fetched from the hub into its cache (no network when
     `HF_HUB_OFFLINE=1`; pickled weights are never fetched).
+
+    Args:
+        weights: whether a hub id's weights are needed too, and not only its small files.
 
     Raises:
         NotFoundError: when there is neither such a folder nor such a hub id within reach.
@@ -30,7 +34,7 @@ def locate(path_or_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
+        return Path(snapshot_download(name, allow_patterns=[*_SMALL, *(_WEIGHTS if weights else ())]))
     except HFValidationError as error:
         raise NotFoundError(f"{name}: not a folder, and not a valid hub id ({error})") from None
     except LocalEntryNotFoundError:

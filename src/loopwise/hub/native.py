@@ -1,14 +1,14 @@
-"""Our own family: config.json is `LoopedLMConfig`, tensors carry our parameter names. Holds every shape we can build."""
+"""Our own family, which holds every shape we can build: config.json is `LoopedLMConfig`, tensors have our names."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from loopwise.errors import CheckpointError, ConfigError
-from loopwise.hub.family import Entry, SpecialTokens, special_ids
+from loopwise.hub.family import Entry, SpecialTokens, need, section, special_ids, trained_range
 from loopwise.models.config import LoopedLMConfig
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.nn.rotary import RotaryScaling
@@ -20,6 +20,7 @@ class Native:
     """Reads and writes the family `loopwise`."""
 
     name = "loopwise"
+    chat_template: str | None = None
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
         return raw.get("model_type") == "loopwise"
@@ -30,11 +31,14 @@ class Native:
         unknown = sorted(set(raw) - set(allowed) - {"model_type", "architectures", *_SPECIAL})
         if unknown:
             raise CheckpointError(f"config.json: unknown {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+        for key, annotation in get_type_hints(LoopedLMConfig).items():
+            if key in values and annotation in (int, float, bool):
+                values[key] = need(values, key, annotation)
         if "trained_loops" in values:
-            values["trained_loops"] = tuple(values["trained_loops"])
-        if values.get("rotary_scaling") is not None:
-            values["rotary_scaling"] = RotaryScaling(**values["rotary_scaling"])
+            values["trained_loops"] = trained_range({"loopwise": values}, (1, 1))
         try:
+            if values.get("rotary_scaling") is not None:
+                values["rotary_scaling"] = RotaryScaling(**section(values, "rotary_scaling"))
             return LoopedLMConfig(**values)
         except (TypeError, ConfigError) as error:
             raise CheckpointError(f"config.json: {error}") from None

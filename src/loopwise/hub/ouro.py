@@ -15,12 +15,17 @@ from loopwise.hub.family import Entry, SpecialTokens, need, optional, section, s
 from loopwise.models.config import LoopedLMConfig
 
 _SMOLLM2_VOCABULARY = 49152
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class Ouro:
     """Reads and writes Ouro's config.json and tensor names."""
 
     name = "ouro"
+    chat_template: str | None = _CHATML
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
         return raw.get("model_type") == "ouro"
@@ -30,6 +35,8 @@ class Ouro:
             raise CheckpointError(f"config.json: hidden_act={raw['hidden_act']!r}; Ouro checkpoints use 'silu'")
         if raw.get("use_sliding_window"):
             raise CheckpointError("config.json: use_sliding_window=true; no published Ouro uses it, and it is not read")
+        if set(raw.get("layer_types") or ()) - {"full_attention"}:
+            raise CheckpointError("config.json: layer_types other than full_attention; no published Ouro has them")
         rope = section(raw, "rope_parameters")
         if section(raw, "rope_scaling").get("rope_type", rope.get("rope_type", "default")) != "default":
             raise CheckpointError("config.json: scaled rotary positions; Ouro checkpoints use plain ones")
@@ -69,13 +76,14 @@ class Ouro:
             and config.gate
         )
         if not fits:
-            raise ConfigError("this model's shape cannot be written as an Ouro checkpoint; save it as family 'loopwise'")
+            raise ConfigError("this model's shape does not fit an Ouro checkpoint; type: family=loopwise")
         if self.reads(raw) and self.read_config(raw, None) == config:
             return dict(raw)
         rope = section(raw, "rope_parameters")
         return {
             **raw,
             **({"rope_parameters": rope | {"rope_theta": config.rotary_base}} if rope else {}),
+            **({"layer_types": ["full_attention"] * config.core_layers} if raw.get("layer_types") else {}),
             "model_type": "ouro",
             "architectures": ["OuroForCausalLM"],
             "vocab_size": config.vocab_size,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,23 +33,18 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint folder, from the files' headers alone.
 
     Raises:
-        NotFoundError: when there are no safetensors.
-        CheckpointError: when a shard is missing, truncated or corrupt.
+        NotFoundError: when there are no safetensors, or not all that the index names.
+        CheckpointError: when a file is truncated or corrupt.
     """
-    if (folder / INDEX).is_file():
-        shards = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        files = [folder / Path(shard).name for shard in shards]
-    else:
-        files = [folder / SINGLE]
     found: dict[str, StoredTensor] = {}
-    for file in files:
+    for file in weight_files(folder):
         if not file.is_file():
-            others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
-            hint = f"; {others[0]} is a pickle, which is never read: convert it to safetensors" if others else ""
-            raise NotFoundError(f"{folder} has no {file.name}{hint}")
+            raise NotFoundError(_absent(folder, file.name))
         try:
             with safe_open(file, "pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 (safe_open is not a dict)
+                    if name in found:
+                        raise CheckpointError(f"{name} is in both {found[name].file.name} and {file.name}; remove one")
                     part = stored.get_slice(name)
                     found[name] = StoredTensor(
                         file=file, shape=tuple(part.get_shape()), dtype=_DTYPES.get(part.get_dtype())
@@ -57,6 +52,30 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
         except SafetensorError as error:
             raise CheckpointError(f"{file} is corrupt or truncated ({error}); fetch or write it again") from None
     return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, whether they are there or not.
+
+    Raises:
+        CheckpointError: when the index is no index.
+    """
+    if not (folder / INDEX).is_file():
+        return [folder / SINGLE]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to files; fetch or write it again")
+    # Names alone: an index may not point out of its folder.
+    return [folder / name for name in sorted({Path(shard).name for shard in weight_map.values()})]
+
+
+def _absent(folder: Path, name: str) -> str:
+    if (folder / INDEX).is_file():
+        return f"{folder} has no {name}, which {INDEX} names; fetch it again"
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+    if others:
+        return f"{folder} has no {name}; {others[0]} is a pickle, which is never read: convert it to safetensors"
+    return f"{folder} has no {name}; fetch it again, or give the folder that holds the weights"
 
 
 def read_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
@@ -84,10 +103,11 @@ def read_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Ten
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int) -> None:
     """Write tensors into `folder`, sharded with an index when they exceed `shard_bytes`.
 
-    Every file is written aside, synced and renamed, the index last.
+    Every file is written aside and synced before the first one is renamed into place, the index last; then files
+    of an earlier checkpoint that nothing names any more are removed.
 
     Raises:
-        StorageError: when the disk refuses; files that were there before stay whole.
+        StorageError: when the disk refuses; the checkpoint that was there before stays whole.
     """
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -97,30 +117,31 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: i
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
+    before = _named_before(folder)
     if len(shards) == 1:
-        _write_shard(folder / SINGLE, shards[0])
-        (folder / INDEX).unlink(missing_ok=True)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, shard)
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    (folder / SINGLE).unlink(missing_ok=True)
+        files = {folder / SINGLE: shards[0]}
+    else:
+        files = {
+            folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+            for number, shard in enumerate(shards, 1)
+        }
+    writers: dict[Path, Callable[[Path], None]] = {file: _shard_writer(shard) for file, shard in files.items()}
+    if len(shards) > 1:
+        weight_map = {name: file.name for file, shard in files.items() for name in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        writers[folder / INDEX] = _text_writer(json.dumps(index, indent=2) + "\n")
+    _write_files(writers)
+    for stale in sorted(before - writers.keys()):
+        stale.unlink(missing_ok=True)
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    aside = path.with_name(path.name + ".tmp")
+def _named_before(folder: Path) -> set[Path]:
+    """Weight files of the checkpoint that may stand in the folder already."""
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"})
-        _sync(aside)
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error}; free space or choose another folder") from None
+        return {*weight_files(folder), folder / SINGLE, folder / INDEX}
+    except CheckpointError:
+        return {folder / SINGLE, folder / INDEX}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,14 +150,54 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: when the disk refuses; a file that was there before stays whole.
     """
-    aside = path.with_name(path.name + ".tmp")
+    _write_files({path: _text_writer(text)})
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a small file: written aside, synced and renamed.
+
+    Raises:
+        StorageError: when the disk refuses; a file that was there before stays whole.
+    """
+    _write_files({target: lambda aside: _write_bytes(aside, source.read_bytes())})
+
+
+def _shard_writer(shard: dict[str, Tensor]) -> Callable[[Path], None]:
+    return lambda aside: save_file(
+        {name: tensor.contiguous() for name, tensor in shard.items()}, aside, metadata={"format": "pt"}
+    )
+
+
+def _text_writer(text: str) -> Callable[[Path], None]:
+    return lambda aside: _write_bytes(aside, text.encode())
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _write_files(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+    """All files aside, then all renamed in order: a full disk shows before anything is replaced."""
+    asides: dict[Path, Path] = {}
+    path = Path()
     try:
-        aside.write_text(text, encoding="utf-8")
-        _sync(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
+        for path, write in writers.items():
+            aside = asides[path] = path.with_name(path.name + ".tmp")
+            aside.touch()
+            permissions = aside.stat().st_mode
+            write(aside)
+            # safetensors makes files that only their owner may read.
+            aside.chmod(permissions)
+            _sync(aside)
+        for path, aside in asides.items():
+            os.replace(aside, path)
+        for folder in {path.parent for path in asides}:
+            _sync(folder)
+    except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot write {path}: {error}; free space or choose another folder") from None
+    finally:
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

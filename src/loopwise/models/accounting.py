@@ -3,8 +3,9 @@
     FLOPs(R loops) = F0 + R * Fr         F0: prelude, coda, head;  Fr: one loop
     bound(mean)    = (F0 + R * Fr) / (F0 + mean * Fr)
 
-The bound is how much faster exits can make a machine that is limited by arithmetic (Schwethelm et al. 2026, Continuous
-Depth Batching). A multiply-add counts as two; norms, rotations, softmax and the embedding lookup are left out, as usual.
+The bound is how much faster exits can make a machine that is limited by arithmetic (Schwethelm et al. 2026,
+Continuous Depth Batching). A multiply-add counts as two; norms, rotations, softmax and the embedding lookup are left
+out, as usual.
 """
 
 from dataclasses import dataclass
