@@ -84,39 +84,30 @@ def run(*command: str | Path) -> None:
         sys.exit(f"error: this failed: {shlex.join(map(str, command))}")
 
 
-def usable_torch(python: Path) -> str | None:
-    """The version of torch that `python` can import and add with, if there is one."""
-    check = "import torch; assert torch.ones(2).sum() == 2; print(torch.__version__)"
-    result = subprocess.run([python, "-c", check], capture_output=True, text=True)
-    return result.stdout.strip() if result.returncode == 0 else None
+def says(python: Path, code: str) -> str:
+    """What a line of Python prints in the environment; nothing where it fails."""
+    return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
 def provide_torch(venv: Path, requested: str) -> None:
     """Bring a torch in range into the environment, saying which and why."""
-    python = venv / "bin/python"
-    pip = (python, "-m", "pip", "install", "--disable-pip-version-check")
+    try:
+        own = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        own = ""
+    pip = (venv / "bin/python", "-m", "pip", "install", "--disable-pip-version-check")
     if requested:
-        if usable_torch(python) is None:
-            print(f"torch: installing {requested!r}, as TORCH says", flush=True)
-            run(*pip, *shlex.split(requested))
+        print(f"torch: installing {requested!r}, as TORCH says", flush=True)
+        run(*pip, *shlex.split(requested))
+    elif own and in_range(own):
+        print(f"torch: reusing {own} of {sys.executable}", flush=True)
+        link(torch_build(set(pins())), venv)
     else:
-        try:
-            own = metadata.version("torch")
-        except metadata.PackageNotFoundError:
-            own = ""
-        if own and in_range(own):
-            link(torch_build(set(pins())), venv)
-            if usable_torch(python) == own:
-                print(f"torch: reusing {own} of {sys.executable}")
-            else:
-                print(f"torch: {own} of {sys.executable} does not work when linked; installing the pinned one")
-                shutil.rmtree(venv / "reused")
-        if not (venv / "reused").exists():
-            print(f'torch: installing {pins()["torch"]}; for another build type: make TORCH="REQUIREMENT"', flush=True)
-            run(*pip, pins()["torch"])
-    version = usable_torch(python)
-    if version is None or not in_range(version):
-        sys.exit(f"error: torch {version} is not in the range of pyproject.toml; type: make TORCH='{pins()['torch']}'")
+        print(f'torch: installing {pins()["torch"]}; for another build type: make TORCH="REQUIREMENT"', flush=True)
+        run(*pip, "--quiet", pins()["torch"])
+    version = says(venv / "bin/python", "from importlib.metadata import version; print(version('torch'))")
+    if not in_range(version):
+        sys.exit(f"error: torch {version} is out of pyproject.toml's range; type: make TORCH='{pins()['torch']}'")
 
 
 def main() -> None:
@@ -144,6 +135,13 @@ def main() -> None:
     package = f".[{options.extras}]" if options.extras else "."
     pip = (venv / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     run(*pip, "--constraint", constraints, "--editable", package)
+    check = "import torch; print(int(torch.ones(2).sum()))"
+    if says(venv / "bin/python", check) != "2" and (venv / "reused").exists():
+        print(f"torch: the one of {sys.executable} does not work when linked; installing {pins()['torch']}", flush=True)
+        shutil.rmtree(venv / "reused")
+        run(*pip, pins()["torch"])
+    if says(venv / "bin/python", check) != "2":
+        sys.exit(f"error: torch does not work in {venv}; type: make TORCH='{pins()['torch']}'")
 
 
 if __name__ == "__main__":
