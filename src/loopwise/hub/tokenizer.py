@@ -203,7 +203,7 @@ class Tokenizer:
         """Every id that ends a reply, `eos_id` first."""
         return self.special.stop
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """SHA-256 of what decides how text becomes ids: the same digest, the same tokens."""
         identity = json.dumps([self.serialized, self.special.bos, self.special.eos])
