@@ -110,7 +110,7 @@ def test_a_word_sets_its_field_alone(word: str, name: str, value: Any) -> None:
         (["rate=inf"], "rate: expected number, got Infinity"),
         (["flag=1"], "flag: expected true or false, got 1"),
         (["kind=first"], 'kind: expected "last" or "all" or 3, got "first"'),
-        (["seed=x"], 'seed: expected integer or null, got "x"'),
+        (["seed=x"], 'seed: expected integer or none, got "x"'),
         (["span=[1]"], "span: expected [integer, integer], got [1]; for example span=[1, 4]"),
         (["span=3"], "span: expected [integer, integer], got 3"),
         (['widths=[1,"a"]'], 'widths[1]: expected integer, got "a"'),
@@ -185,7 +185,7 @@ def test_a_missing_file_and_a_part_that_is_no_object(tmp_path: Path) -> None:
 
 
 def test_describe() -> None:
-    assert describe(tuple[int, ...] | None) == "a list of integer or null"
+    assert describe(tuple[int, ...] | None) == "a list of integer or none"
     assert describe(dict[str, list[bool]]) == "an object of a list of true or false"
 
 

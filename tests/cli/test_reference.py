@@ -37,7 +37,7 @@ class Outer:
 def command(
     model: Annotated[str, typer.Argument(help="A folder.")],
     words: Annotated[list[str] | None, typer.Argument(help="Overrides.", metavar="KEY=VALUE")] = None,
-    loops: Annotated[int | None, typer.Option(help="How many.")] = None,
+    loops: Annotated[int | None, typer.Option(help="How many.", show_default="all")] = None,
     rule: Annotated[str, typer.Option(help="When to stop.")] = "fixed:4",
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
@@ -77,7 +77,7 @@ loopwise demo MODEL [KEY=VALUE] [OPTIONS]
 
 | option | takes | default | meaning |
 | --- | --- | --- | --- |
-| `--loops` | integer |  | How many. |
+| `--loops` | integer | `all` | How many. |
 | `--rule` | text | `fixed:4` | When to stop. |
 | `--json` |  |  | For scripts. |
 

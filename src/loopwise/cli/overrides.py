@@ -85,7 +85,7 @@ def describe(annotation: Any) -> str:
         return f"a list of {describe(arguments[0])}"
     if origin is dict:
         return f"an object of {describe(arguments[1])}"
-    names = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", type(None): "null"}
+    names = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", type(None): "none"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

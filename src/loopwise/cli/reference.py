@@ -38,7 +38,8 @@ def page(verb: str) -> str:
     options: list[list[str]] = []
     usage = [f"loopwise {verb}"]
     for parameter in command.params:
-        default = "required" if parameter.required else show(parameter.default)
+        said = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
+        default = "required" if parameter.required else show(said)
         rest = [takes(hints[parameter.name]), default, parameter.help or ""]
         if parameter.param_type_name == "argument":
             name = (parameter.metavar or parameter.name).upper()
