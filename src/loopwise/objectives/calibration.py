@@ -16,7 +16,7 @@ Source: Ouro, arXiv 2510.25741, stage II (as-written); the other rules are ours.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,8 @@ from loopwise.errors import ConfigError
 from loopwise.loops.hazard import continuation_cross_entropy
 from loopwise.objectives.base import LoopPlan, Objective, ObjectiveInputs
 
-LABEL_RULES = ("as-written", "unclamped", "next-loop", "best-later")
+LabelRule = Literal["as-written", "unclamped", "next-loop", "best-later"]
+LABEL_RULES: tuple[str, ...] = get_args(LabelRule)
 
 
 @dataclass(frozen=True, kw_only=True)
