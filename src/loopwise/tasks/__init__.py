@@ -1,0 +1,1 @@
+"""Data made in code, and text corpora."""
