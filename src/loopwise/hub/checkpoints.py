@@ -66,9 +66,9 @@ def load_tokenizer(folder: Path, family: Family, raw: Mapping[str, Any]) -> Toke
     Raises:
         CheckpointError: when its files are not what they should be.
     """
+    special = family.special_tokens(raw)
     if not (folder / "tokenizer.json").is_file():
         return None
-    special = family.special_tokens(raw)
     if special == special_ids(raw):
         tokenizer = Tokenizer.load(folder)
     else:

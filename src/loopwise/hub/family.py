@@ -103,6 +103,7 @@ class Family(Protocol):
 
 
 Kind = type[int] | type[float] | type[bool] | type[str]
+_IN_WORDS: dict[Kind, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def need(raw: Mapping[str, Any], key: str, kind: Kind) -> Any:
@@ -116,7 +117,7 @@ def need(raw: Mapping[str, Any], key: str, kind: Kind) -> Any:
     value = raw[key]
     wrong_bool = isinstance(value, bool) and kind is not bool
     if wrong_bool or not isinstance(value, (int, float) if kind is float else kind):
-        raise CheckpointError(f"config.json: {key}={value!r}; a {kind.__name__} is needed")
+        raise CheckpointError(f"config.json: {key}={value!r}; {_IN_WORDS[kind]} is needed")
     return kind(value)
 
 

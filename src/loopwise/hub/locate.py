@@ -22,6 +22,8 @@ def locate(path_or_id: str | Path, *, weights: bool = True) -> Path:
     Raises:
         NotFoundError: when there is neither such a folder nor such a hub id within reach.
     """
+    if str(path_or_id) == "":
+        raise NotFoundError("the checkpoint's path is empty; give a folder, or a hub id of the form organisation/name")
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder

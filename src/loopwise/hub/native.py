@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ class Native:
         for key, annotation in get_type_hints(LoopedLMConfig).items():
             if key in values and annotation in (int, float, bool):
                 values[key] = need(values, key, annotation)
+            elif key in values and get_origin(annotation) is Literal and values[key] not in get_args(annotation):
+                allowed_values = ", ".join(get_args(annotation))
+                raise CheckpointError(f"config.json: {key}={values[key]!r}; allowed are {allowed_values}")
         if "trained_loops" in values:
             values["trained_loops"] = trained_range({"loopwise": values}, (1, 1))
         try:
