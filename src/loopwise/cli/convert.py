@@ -95,7 +95,7 @@ def command(
 
     - `overwrite=true`: TARGET may hold a checkpoint already
     """
-    from loopwise.cli.overrides import build
+    from loopwise.configuration import build
 
     config = build(ConvertConfig, None, overrides or [])
     if not config.overwrite and any(target.glob("config.json")) | any(target.glob("*.safetensors")):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from loopwise.cli.app import VERBS, load_verb
-from loopwise.cli.overrides import describe, to_plain
+from loopwise.configuration import describe, to_plain
 
 NOTE = "<!-- Written by `make docs` from the program itself; change the program, not this page. -->\n"
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopwise.cli.overrides import build, describe, from_dict, to_dict
+from loopwise.configuration import build, describe, from_dict, to_dict
 from loopwise.errors import ConfigError, NotFoundError
 
 

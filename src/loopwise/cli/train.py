@@ -1,0 +1,81 @@
+"""`loopwise train`: from a preset and a few dials, or from a whole configuration."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loopwise.configuration import build
+from loopwise.errors import ConfigError
+
+
+def command(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dials of the preset, or settings of the run.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="ouro-tiny, huginn-tiny, pointer-chasing or calibrate.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="A JSON or TOML file of settings.")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Go on with the run in this folder.")] = None,
+    dry: Annotated[bool, typer.Option("--dry", help="Show what would run, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Train a looped model, or go on training one.
+
+    A preset turns a few dials into a whole run and says why it chose what it chose:
+
+        loopwise train --preset ouro-tiny corpus=python loops=4 width=256
+        loopwise train --preset calibrate init=runs/ouro-tiny corpus=notes/
+
+    Words that are no dial of the preset are settings of the run (`optimizer.name=muon`, `device=cuda`). The same
+    command, typed again, goes on from the newest checkpoint; so does `--resume FOLDER`.
+    """
+    from loopwise.train.config import TrainConfig
+    from loopwise.train.run import train
+    from loopwise.train.setup import config_to_dict
+
+    words = list(overrides or [])
+    if resume is not None:
+        if preset or config or words:
+            raise ConfigError("--resume goes on with a run as it is; leave out everything else")
+        chosen = build(TrainConfig, resume / "config.json", [])
+        if Path(chosen.run).resolve() != resume.resolve():
+            chosen = dataclasses.replace(chosen, run=str(resume))
+    elif preset is not None:
+        chosen = _from_preset(preset, config, words, quiet=as_json)
+    elif config is not None:
+        chosen = build(TrainConfig, config, words)
+    else:
+        raise ConfigError("nothing says what to train; type for example: loopwise train --preset ouro-tiny")
+    if dry:
+        typer.echo(json.dumps(config_to_dict(chosen), indent=2))
+        return
+    result = train(chosen)
+    if as_json:
+        losses = {str(loop): loss for loop, loss in result.validation.losses.items()}
+        typer.echo(json.dumps({"model": str(result.folder / "model"), "validation_loss": losses}))
+    else:
+        typer.echo(f"try it: loopwise generate {result.folder} --show-loops")
+
+
+def _from_preset(name: str, file: Path | None, words: list[str], *, quiet: bool) -> Any:
+    """The preset's configuration, with settings that are no dials applied on top."""
+    from loopwise.train.config import TrainConfig
+    from loopwise.train.presets import find_preset
+
+    found = find_preset(name)
+    names = {field.name for field in dataclasses.fields(found.dials)}
+    dials = [word for word in words if word.partition("=")[0] in names]
+    others = [word for word in words if word.partition("=")[0] not in names]
+    recipe = found.build(build(found.dials, None, dials))
+    base = dataclasses.replace(recipe.config, run=recipe.config.run.replace("{preset}", name))
+    if not quiet:
+        for choice in recipe.choices:
+            typer.echo(f"{choice.name} = {choice.value}  ({choice.reason})", err=True)
+    try:
+        return build(TrainConfig, file, others, base=base)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (dials of {name}: {', '.join(sorted(names))})") from None
