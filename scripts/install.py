@@ -96,16 +96,17 @@ def provide_torch(venv: Path, requested: str) -> None:
     except metadata.PackageNotFoundError:
         own = ""
     pip = (venv / "bin/python", "-m", "pip", "install", "--disable-pip-version-check")
+    ask = "from importlib.metadata import version; print(version('torch'))"
     if requested:
         print(f"torch: installing {requested!r}, as TORCH says", flush=True)
         run(*pip, *shlex.split(requested))
     elif own and in_range(own):
         print(f"torch: reusing {own} of {sys.executable}", flush=True)
         link(torch_build(set(pins())), venv)
-    else:
+    elif says(venv / "bin/python", ask).partition("+")[0] != pins()["torch"].removeprefix("torch=="):
         print(f'torch: installing {pins()["torch"]}; for another build type: make TORCH="REQUIREMENT"', flush=True)
         run(*pip, "--quiet", pins()["torch"])
-    version = says(venv / "bin/python", "from importlib.metadata import version; print(version('torch'))")
+    version = says(venv / "bin/python", ask)
     if not in_range(version):
         sys.exit(f"error: torch {version} is out of pyproject.toml's range; type: make TORCH='{pins()['torch']}'")
 
