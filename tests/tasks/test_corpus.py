@@ -29,6 +29,8 @@ def test_the_python_library_is_real_text_in_a_fixed_order() -> None:
     assert corpus.summary.documents == len(texts)
     assert corpus.summary.size == sum(len(text.encode()) for text in texts)
     assert not any("class IdleConf" in text for text in texts)
+    assert len(list(Corpus("python", limit=200_000))) < 60
+    assert list(Corpus("python", limit=200_000))[:3] == texts[:3]
 
 
 def test_a_limit_cuts_within_a_character_to_whole_characters(tmp_path: Path) -> None:
