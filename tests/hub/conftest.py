@@ -31,7 +31,9 @@ class Folder:
         (self.path / "config.json").write_text(json.dumps(kept))
 
     def store(self, tensors: dict[str, Tensor]) -> None:
-        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, self.path / "model.safetensors")
+        save_file(
+            {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, self.path / "model.safetensors"
+        )
 
 
 @pytest.fixture

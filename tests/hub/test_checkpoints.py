@@ -57,7 +57,9 @@ def own(**changes: Any) -> LoopedLM:
 def test_round_trip_is_bit_for_bit(name: str, shard_bytes: int, golden: Path, tmp_path: Path) -> None:
     save(load(golden / name), tmp_path / "again", shard_bytes=shard_bytes)
     assert same(stored(tmp_path / "again"), load_file(golden / name / "model.safetensors"))
-    again, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "again", golden / name))
+    again, original = (
+        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "again", golden / name)
+    )
     assert again == original
     assert list(again) == list(original)
     sharded = (tmp_path / "again" / "model.safetensors.index.json").is_file()

@@ -38,11 +38,11 @@ class ConvertConfig:
     retrofit: str | None = None
     """A plain Llama or OLMo-2 becomes a looped model: sizes of prelude,core,coda such as 4,8,4, or auto."""
     prelude: str | None = None
-    """Retrofit with chosen layers: those of the prelude, such as 0-3, or none."""
+    """Retrofit with chosen layers: those of the prelude, such as 0-3; none when left out."""
     core: str | None = None
-    """Retrofit with chosen layers: those of the core, such as 10-17."""
+    """Retrofit with chosen layers: those of the core, such as 10-17 or 2,4,6."""
     coda: str | None = None
-    """Retrofit with chosen layers: those of the coda, such as 18-21, or none."""
+    """Retrofit with chosen layers: those of the coda, such as 18-21; none when left out."""
     loops: int | None = None
     """Retrofit: loops that run when nobody says otherwise (1; before training every number gives the same answer)."""
     overwrite: bool = False
@@ -52,14 +52,13 @@ class ConvertConfig:
         self.shard_bytes  # noqa: B018 (a wrong size is refused now, not after the work)
         if self.order is not None and self.layers is None:
             raise ConfigError(f"order={self.order} belongs to upcycling; give layers=... too, for example layers=48")
-        parts = (self.prelude, self.core, self.coda)
-        if any(part is not None for part in parts):
-            if self.retrofit is not None:
-                raise ConfigError("retrofit=... chooses the layers itself; give it, or prelude=, core= and coda=")
-            if None in parts:
-                raise ConfigError(
-                    "prelude=, core= and coda= belong together, for example prelude=0-3 core=4-9 coda=none"
-                )
+        chosen = [part for part in (self.prelude, self.core, self.coda) if part is not None]
+        if chosen and self.retrofit is not None:
+            raise ConfigError("retrofit=... chooses the layers itself; give it, or core= with prelude= and coda=")
+        if chosen and self.core is None:
+            raise ConfigError(
+                "prelude= and coda= need core= beside them, for example prelude=0-3 core=10-17 coda=18-21"
+            )
         if self.loops is not None and not self.retrofits:
             raise ConfigError(f"loops={self.loops} belongs to a retrofit; give retrofit=... too, for example 4,8,4")
 
@@ -143,10 +142,11 @@ def _retrofit(source: str, config: ConvertConfig) -> "tuple[LoopedLM, Split, int
     from loopwise.hub.retrofit import Split, choose_split, parse_layers, read_source, retrofit
 
     layers = read_source(source)[1]["num_hidden_layers"]
-    if config.prelude is not None and config.core is not None and config.coda is not None:
-        split = Split(
-            prelude=parse_layers(config.prelude), core=parse_layers(config.core), coda=parse_layers(config.coda)
+    if config.core is not None:
+        prelude, core, coda = (
+            parse_layers(text) if text else () for text in (config.prelude, config.core, config.coda)
         )
+        split = Split(prelude=prelude, core=core, coda=coda)
     else:
         split = choose_split(layers, *_sizes(str(config.retrofit), layers))
     return retrofit(source, split=split, loops=config.loops or 1, dtype=config.dtype), split, layers

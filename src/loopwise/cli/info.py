@@ -265,7 +265,7 @@ def _by_loops(facts: dict[str, Any]) -> "Table":
     return table
 
 
-def short(number: float, units: str = "TBMk") -> str:
+def short(number: int | float, units: str = "TBMk") -> str:
     """A large number to three figures: 1.43 B."""
     for unit, power in zip(units, (12, 9, 6, 3), strict=True):
         if number >= 10**power:
@@ -273,12 +273,12 @@ def short(number: float, units: str = "TBMk") -> str:
     return _three(number)
 
 
-def flop(number: float) -> str:
+def flop(number: int | float) -> str:
     """Operations to three figures: 3.07 G."""
     return short(number, "TGMk")
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes to three figures: 768 KiB."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if count >= 2**power:
@@ -286,5 +286,5 @@ def size(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def _three(number: float) -> str:
+def _three(number: int | float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"

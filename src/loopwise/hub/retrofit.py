@@ -95,15 +95,13 @@ def choose_split(layers: int, prelude: int, core: int, coda: int) -> Split:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """Layer numbers from text such as "0-3" or "0,2,5-7"; "none" is no layers.
+    """Layer numbers from text such as "0-3" or "0,2,5-7".
 
     Raises:
         ConfigError: for anything else.
     """
-    if text == "none":
-        return ()
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise ConfigError(f"{text!r} is no list of layers; type for example 10-17, or 0,2,5-7, or none")
+        raise ConfigError(f"{text!r} is no list of layers; type for example 10-17, or 0,2,5-7")
     layers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
