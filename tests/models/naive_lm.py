@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
@@ -281,3 +282,61 @@ class NaiveLM:
         span = scaling.high_frequency_factor - scaling.low_frequency_factor
         keep = (turns - scaling.low_frequency_factor) / span
         return frequency * (keep + (1 - keep) / scaling.factor)
+
+
+def naive_rule(text: str) -> Stop:
+    """An exit rule from its text, judged afresh from everything that was seen of a token."""
+    name, _, argument = text.partition(":")
+    if name == "patience":
+        count, _, inner = argument.partition(":")
+        fires = naive_rule(inner)
+
+        def patient(place: int, row: Row) -> bool:
+            loops = len(row.states) - 1
+            recent = [
+                Row(row.states[: loop + 1], row.hazards[:loop], row.logits[:loop])
+                for loop in range(max(loops - int(count), 0) + 1, loops + 1)
+            ]
+            return len(recent) == int(count) and all(fires(place, past) for past in recent)
+
+        return patient
+    if name == "budget":
+        mean, _, inner = argument.partition(":")
+        fires, ran = naive_rule(inner), {}
+
+        def thrifty(place: int, row: Row) -> bool:
+            ran[place] = len(row.states) - 1
+            return fires(place, row) or float(mean) * len(ran) - sum(ran.values()) < 1
+
+        return thrifty
+    threshold = float(argument)
+
+    def stop(place: int, row: Row) -> bool:
+        loops = len(row.states) - 1
+        steps = [after - before for before, after in pairwise(row.states)]
+        turns = [np.linalg.norm(after - before) for before, after in pairwise(steps)]
+        chances = [np.exp(logits - np.max(logits)) for logits in row.logits]
+        chances = [chance / chance.sum() for chance in chances]
+        entropies = [-float(np.sum(chance * np.log(chance))) for chance in chances]
+        match name:
+            case "fixed":
+                return loops >= threshold
+            case "hazard":
+                return threshold < 1 and 1 - math.prod(1 - hazard for hazard in row.hazards) >= threshold
+            case "delta":
+                return float(np.linalg.norm(steps[-1]) / np.linalg.norm(row.states[-1])) < threshold
+            case "second-difference":
+                return len(turns) > 1 and max(turns[-2:]) < threshold
+            case "kl":
+                before = chances[-2] if loops > 1 else np.full_like(chances[-1], 1 / len(chances[-1]))
+                return float(np.sum(before * np.log(before / chances[-1]))) < threshold
+            case "entropy":
+                return loops > 1 and abs(entropies[-1] - entropies[-2]) < threshold
+            case "stable":
+                best = [int(np.argmax(logits)) for logits in row.logits[-int(threshold) - 1 :]]
+                return loops > threshold and len(set(best)) == 1
+            case "certainty":
+                return 1 - entropies[-1] / math.log(len(chances[-1])) >= threshold
+        raise ValueError(text)
+
+    return stop

@@ -1,7 +1,6 @@
 """LoopedLM against a second implementation of the same formulas, token by token and head by head."""
 
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -23,11 +22,9 @@ TOKENS = torch.tensor([[3, 1, 22, 7, 7, 0], [5, 5, 9, 14, 2, 8]])
 
 
 @pytest.fixture
-def unchecked() -> Iterator[None]:
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test run's own type checks off, so that a wrong word gets as far as it does for a user."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def assert_equals_naive(model: LoopedLM, tokens: torch.Tensor, loops: int, start: object = None) -> None:

@@ -94,8 +94,8 @@ class LoopedLM(LoopModel):
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.gate = nn.Linear(config.width, 1) if config.gate else None
         self.head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
-        # The function, not the bound method: a deep copy would go on running the original's weights once compiled.
-        self._run_loop: Callable[[LoopedLM, Tensor, Tensor, Rotary, Plane], Tensor] = LoopedLM._loop
+        # A function, not a bound method: a deep copy would go on running the original's weights.
+        self._compiled: Callable[[LoopedLM, Tensor, Tensor, Rotary, Plane], Tensor] | None = None
 
     def _block(self, layer: int) -> Block:
         config = self.config
@@ -118,8 +118,11 @@ class LoopedLM(LoopModel):
         return self.embed.weight if self.head is None else self.head.weight
 
     def compile_core(self) -> None:
-        """Compile one loop (`torch.compile`). Loop indices stay outside, so the number of loops never recompiles."""
-        self._run_loop = torch.compile(LoopedLM._loop)
+        """Compile one loop (`torch.compile`) for whole sequences; loops over a growing memory stay eager.
+
+        Loop indices stay outside, so the number of loops never recompiles.
+        """
+        self._compiled = torch.compile(LoopedLM._loop)
 
     def encode(
         self,
@@ -216,7 +219,15 @@ class LoopedLM(LoopModel):
         return (truncated_normal(seed, "start", *counters) * self.config.start_std).to(self.embed.weight.dtype)
 
     def step(self, state: Float[Tensor, "... width"], context: LMContext, loop: int) -> Float[Tensor, "... width"]:
-        return self._run_loop(self, state, context.injected, context.rotary, context.memory.plane(loop))
+        plane, injected = context.memory.plane(loop), context.injected
+        # Other planes hold Python state that changes with every loop: after a few graphs torch.compile would give up
+        # without a word, for training too.
+        if self._compiled is None or not isinstance(plane, CausalMemory):
+            return self._loop(state, injected, context.rotary, plane)
+        if not torch.is_grad_enabled():
+            # The compiler looks at requires_grad even here, and each combination would be one more graph.
+            state, injected = state.detach(), injected.detach()
+        return self._compiled(self, state, injected, context.rotary, plane)
 
     def _loop(self, state: Tensor, injected: Tensor, rotary: Rotary, plane: Plane) -> Tensor:
         if self.adapter is not None:
