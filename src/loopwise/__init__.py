@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loopwise.engine.reference import generate as generate
     from loopwise.engine.sampling import Sampling as Sampling
     from loopwise.hub.checkpoints import load as load
     from loopwise.hub.checkpoints import save as save
@@ -29,6 +30,7 @@ _HOMES = {
     "LoopedLMConfig": "loopwise.models.config",
     "Sampling": "loopwise.engine.sampling",
     "Tokenizer": "loopwise.hub.tokenizer",
+    "generate": "loopwise.engine.reference",
     "load": "loopwise.hub.checkpoints",
     "parse_rule": "loopwise.loops.exits",
     "run_until": "loopwise.loops.drivers",

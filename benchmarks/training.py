@@ -1,0 +1,238 @@
+"""Training speed and memory on this machine, beside transformers' Llama and beside the machine's own limit.
+
+    python benchmarks/training.py            all parts; leave the machine alone meanwhile (about 12 minutes)
+    python benchmarks/training.py speed      one part: speed, depth or memory
+
+speed   compiled core, last loop, document mask, clipping and optimiser included: share of the measured matrix-multiply
+        peak, and tokens/s beside a compiled transformers Llama of the same shapes with loops x layers layers.
+        The sides take turns in one process. Bars: 75% of the peak, 1.1 times Llama.
+depth   random depth (8 different ones) against fixed depth, seconds per executed FLOP. Bar: at most 3% more.
+memory  V=49,152, T=1,024, recomputation per loop: peak memory of the all-loops loss (stage I) over that of a last-loop
+        loss with the same chunked head, each in a process of its own. Bar: 1.1.
+
+Probes of matrix products and copies run before and after; a part whose probes drifted by more than 15% is run again,
+at most three times, and is marked if it never held still.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopwise.models.config import LoopedLMConfig
+from loopwise.models.looped_lm import LoopedLM, initialise
+from loopwise.objectives.base import LoopPlan
+from loopwise.objectives.registry import build_objective
+from loopwise.train.batches import Batch
+from loopwise.train.machine import Probe, environment, keep_freed_memory
+from loopwise.train.optimizers import Optimizer, OptimizerConfig, build_optimizer
+from loopwise.train.step import executed_flops, micro_batch_loss
+
+RESULTS = Path(__file__).parent / "results" / "training.json"
+ROWS, TOKENS, VOCABULARY, WIDTH, HEADS, MLP, LAYERS, LOOPS = 8, 256, 4096, 512, 8, 1408, 4, 4
+ROUNDS = 5
+DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+def looped(vocabulary: int, context: int) -> LoopedLM:
+    config = LoopedLMConfig(
+        vocab_size=vocabulary,
+        width=WIDTH,
+        heads=HEADS,
+        kv_heads=HEADS,
+        head_width=WIDTH // HEADS,
+        mlp_width=MLP,
+        core_layers=LAYERS,
+        loops=LOOPS,
+        trained_loops=(1, max(DEPTHS)),
+        max_positions=context,
+        norm="pre_branch",
+        loop_norm=True,
+        final_norm=False,
+        gate=True,
+    )
+    model = LoopedLM(config)
+    initialise(model, seed=0)
+    return model
+
+
+def batch_of(rows: int, tokens: int, vocabulary: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (rows, tokens + 1), generator=generator)
+    documents = (torch.arange(tokens) // 97).expand(rows, -1).contiguous()
+    mask = torch.ones(rows, tokens, dtype=torch.bool)
+    mask[:, :-1] = documents[:, :-1] == documents[:, 1:]
+    return Batch(tokens=ids[:, :-1].contiguous(), targets=ids[:, 1:].contiguous(), documents=documents, mask=mask)
+
+
+def loop_step(model: LoopedLM, optimizer: Optimizer, batch: Batch, objective: str, plan: LoopPlan) -> None:
+    result = micro_batch_loss(model, batch, build_objective(objective), plan)
+    result.loss.total.backward()
+    optimizer.step(1e-4)
+    optimizer.zero_grad()
+
+
+class LlamaSide:
+    """transformers' Llama with as many layers as the loops unroll, compiled, its own loss, AdamW and clipping."""
+
+    def __init__(self, batch: Batch) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=MLP,
+            num_hidden_layers=LAYERS * LOOPS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            max_position_embeddings=TOKENS,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+        torch.manual_seed(0)
+        self.model = LlamaForCausalLM(config)
+        self.compiled = torch.compile(self.model)
+        self.optimizer = build_optimizer(self.model.named_parameters(), OptimizerConfig())
+        same = batch.documents[:, :, None] == batch.documents[:, None, :]
+        causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+        self.mask: Tensor = (same & causal)[:, None]
+        self.labels = torch.where(batch.mask, batch.targets, -100)
+        self.batch = batch
+
+    def step(self) -> None:
+        out = self.compiled(input_ids=self.batch.tokens, attention_mask=self.mask)
+        loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), self.labels.flatten())
+        loss.backward()
+        self.optimizer.step(1e-4)
+        self.optimizer.zero_grad()
+
+
+def seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def measure_speed() -> dict[str, Any]:
+    batch = batch_of(ROWS, TOKENS, VOCABULARY)
+    model = looped(VOCABULARY, TOKENS)
+    model.compile_core()
+    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig())
+    plan = LoopPlan(loops=LOOPS)
+    llama = LlamaSide(batch)
+    sides: dict[str, Callable[[], None]] = {
+        "loopwise": lambda: loop_step(model, optimizer, batch, "last", plan),
+        "llama": llama.step,
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    peaks: list[float] = []
+    for turn in range(ROUNDS + 2):
+        for name, work in sides.items():
+            took = seconds(work)
+            if turn >= 2:
+                times[name].append(took)
+        if turn >= 2:
+            peaks.append(Probe().read().matmul)
+    flops = executed_flops(model.config, plan, tokens=ROWS * TOKENS, context=TOKENS, trains="model")
+    median = {name: statistics.median(values) for name, values in times.items()}
+    peak = statistics.median(peaks)
+    return {
+        "seconds": median,
+        "spread": {name: [min(values), max(values)] for name, values in times.items()},
+        "tokens_per_second": {name: ROWS * TOKENS / value for name, value in median.items()},
+        "peak_gflops": peak / 1e9,
+        "share_of_peak": flops / median["loopwise"] / peak,
+        "times_llama": median["llama"] / median["loopwise"],
+    }
+
+
+def measure_depth() -> dict[str, Any]:
+    batch = batch_of(ROWS, TOKENS, VOCABULARY)
+    model = looped(VOCABULARY, TOKENS)
+    model.compile_core()
+    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig())
+
+    def cost(loops: int) -> tuple[float, float]:
+        plan = LoopPlan(loops=loops)
+        took = seconds(lambda: loop_step(model, optimizer, batch, "last", plan))
+        return took, executed_flops(model.config, plan, tokens=ROWS * TOKENS, context=TOKENS, trains="model")
+
+    for loops in (*DEPTHS, LOOPS):
+        cost(loops)
+    order = (5, 2, 8, 1, 6, 3, 7, 4)
+    random_rates, fixed_rates = [], []
+    for _ in range(3):
+        random_costs, fixed_costs = [], []
+        for loops in order:
+            random_costs.append(cost(loops))
+            fixed_costs.append(cost(LOOPS))
+        random_rates.append(sum(c[0] for c in random_costs) / sum(c[1] for c in random_costs))
+        fixed_rates.append(sum(c[0] for c in fixed_costs) / sum(c[1] for c in fixed_costs))
+    ratio = statistics.median(r / f for r, f in zip(random_rates, fixed_rates, strict=True))
+    return {"depths": list(order), "seconds_per_flop_over_fixed": ratio}
+
+
+def measure_memory() -> dict[str, Any]:
+    peaks = {}
+    for objective in ("last", "expected"):
+        command = [sys.executable, __file__, "memory-child", objective]
+        peaks[objective] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {"peak_bytes": peaks, "ratio": peaks["expected"]["over"] / peaks["last"]["over"]}
+
+
+def memory_child(objective: str) -> None:
+    """Peak memory beyond the imports of three steps, on stdout."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    batch = batch_of(2, 1024, 49_152)
+    model = looped(49_152, 1024)
+    optimizer = build_optimizer(model.named_parameters(), OptimizerConfig())
+    built = build_objective(objective)
+    for step in range(3):
+        plan = built.plan(seed=0, step=step, micro=0)
+        micro_batch_loss(model, batch, built, plan, recompute=True).loss.total.backward()
+        optimizer.step(1e-4)
+        optimizer.zero_grad()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"peak": peak, "over": peak - before}))
+
+
+def steady(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A part between two probes, again while the machine did not hold still."""
+    for attempt in range(1, 4):
+        torch.compiler.reset()
+        probe = Probe()
+        probe.read()
+        found = part()
+        probe.read()
+        if not probe.drifted:
+            break
+        print(f"  probes drifted by {probe.drift:.0%}, attempt {attempt} of 3", file=sys.stderr)
+    return {**found, "drift": probe.drift, "held_still": not probe.drifted}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["memory-child"]:
+        memory_child(sys.argv[2])
+        return
+    keep_freed_memory()
+    parts = {"speed": measure_speed, "depth": measure_depth, "memory": measure_memory}
+    wanted = sys.argv[1:] or list(parts)
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name in wanted:
+        results[name] = steady(parts[name])
+        print(f"{name}: {json.dumps(results[name], indent=2)}")
+    results["machine"] = environment()
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

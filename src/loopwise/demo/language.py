@@ -1,0 +1,72 @@
+"""A small language model: what each loop is worth, and what stopping early costs and saves."""
+
+from dataclasses import dataclass
+
+from loopwise.engine.sampling import Sampling
+from loopwise.models.looped_lm import LoopedLM
+from loopwise.study.exits import Depths, ExitPoint, hazard_for, measure_depths, measure_exit
+from loopwise.study.speed import Speed, compare_speed
+from loopwise.train.batches import Batch
+
+MEANS = (1.5, 2.0, 2.5, 3.0, 3.5)
+"""Mean loops that the table asks for, at four loops; scaled for others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdRow:
+    """One exit threshold."""
+
+    skip: ExitPoint
+    """Tokens that stop do no more work."""
+    fill: ExitPoint
+    """Tokens that stop fill their remaining planes, as in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageReport:
+    """What a trained language model does on held-out text."""
+
+    depths: Depths
+    rows: list[ThresholdRow]
+    """By rising mean loops."""
+    middle: ThresholdRow
+    """The row nearest to the middle of the range, (1 + R) / 2."""
+    speeds: dict[str, Speed]
+    """"full" and "exit": generation with every loop, and with the middle row's rule."""
+
+    @property
+    def speedup(self) -> float:
+        return self.speeds["exit"].tokens_per_second / self.speeds["full"].tokens_per_second
+
+
+def measure_language(model: LoopedLM, batches: list[Batch], *, tokens: int = 64, rounds: int = 3) -> LanguageReport:
+    """Loss by loops, loss by threshold under both semantics, and tokens per second beside full depth.
+
+    Args:
+        batches: held-out text.
+        tokens: tokens generated per prompt and round for the speed.
+    """
+    depths = measure_depths(model, batches)
+    loops = model.config.loops
+    rows = []
+    for mean in MEANS:
+        wanted = 1 + (mean - 1) * (loops - 1) / 3
+        rule = hazard_for(depths, wanted)
+        rows.append(
+            ThresholdRow(
+                skip=measure_exit(model, batches, rule, depths, policy="last_exited"),
+                fill=measure_exit(model, batches, rule, depths, policy="per_loop"),
+            )
+        )
+    middle = min(rows, key=lambda row: abs(row.skip.mean_loops - (1 + loops) / 2))
+    prompts = [batches[0].tokens[row, :32].tolist() for row in range(2)]
+    speeds = compare_speed(
+        model,
+        prompts,
+        {
+            "full": Sampling(max_tokens=tokens, temperature=0.8, ignore_eos=True),
+            "exit": Sampling(max_tokens=tokens, temperature=0.8, ignore_eos=True, exit=middle.skip.rule),
+        },
+        rounds=rounds,
+    )
+    return LanguageReport(depths=depths, rows=rows, middle=middle, speeds=speeds)

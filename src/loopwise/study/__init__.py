@@ -1,0 +1,1 @@
+"""Questions about looped models, answered with arrays that have named axes."""
