@@ -260,6 +260,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("ouro-tiny", {"num_hidden_layers": 4}, "missing"),
     ("huginn-tiny", {"injection_type": "add"}, "injection_type='add'; only 'linear' is read"),
     ("huginn-tiny", {"state_init": "zero"}, "state_init='zero'"),
+    ("huginn-tiny", {"test_time_noise": 0.1}, "test_time_noise=0.1; only 0 is read"),
     ("huginn-tiny", {"n_embd": 0}, "width=0"),
     ("huginn-tiny", {"init_values": []}, "init_values=.*an object is needed"),
     ("huginn-tiny", {"mean_recurrence": None}, "mean_recurrence=None"),

@@ -40,6 +40,7 @@ class Huginn:
             ("nonlin_name", "SiLU"),
             ("mlp_class_name", "GatedMLP"),
             ("initial_state_mode", "random"),
+            ("test_time_noise", 0),
         ):
             if raw.get(key, allowed) != allowed:
                 raise CheckpointError(f"config.json: {key}={raw[key]!r}; only {allowed!r} is read")
