@@ -42,10 +42,10 @@ class Completion:
     """Bytes of keys and values held at the end."""
     sample: int = 0
     """Which of several answers to one prompt this is."""
-    prompt_seconds: float = field(default=0.0, compare=False)
-    """Time that the prompt took, and with it the first token."""
     seconds: float = field(default=0.0, compare=False)
-    """Time that all further tokens took."""
+    """Time it all took, printing aside."""
+    prompt_seconds: float = field(default=0.0, compare=False)
+    """The part of it that the prompt took, and with it the first token."""
 
     @property
     def mean_loops(self) -> float:
@@ -55,7 +55,8 @@ class Completion:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens per second after the first one; None when there is no other."""
-        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 and self.seconds > 0 else None
+        rest = self.seconds - self.prompt_seconds
+        return (len(self.tokens) - 1) / rest if len(self.tokens) > 1 and rest > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +189,8 @@ class Generation:
         token = choose(logits, self._sequence.sampling, position=position, sample=self._sample)
         made = Emission(token=token, loops=loop, logprob=log_probability(logits, token))
         took = time.perf_counter() - began
-        if self._made:
-            self._seconds += took
-        else:
+        self._seconds += took
+        if not self._made:
             self._prompt_seconds = took
         self._made.append(made)
         return token
@@ -229,8 +229,8 @@ class Generation:
             finish_reason=self._reason,
             kv_bytes=self._sequence.memory.nbytes,
             sample=self._sample,
-            prompt_seconds=self._prompt_seconds,
             seconds=self._seconds,
+            prompt_seconds=self._prompt_seconds,
         )
 
 

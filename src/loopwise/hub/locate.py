@@ -13,8 +13,8 @@ _WEIGHTS = ("*.safetensors",)
 def locate(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a checkpoint.
 
-    A path that exists is used as it is; `org/name` is fetched from the hub into its cache (no network when
-    `HF_HUB_OFFLINE=1`; pickled weights are never fetched).
+    A path that exists is used as it is, but of a training run's folder its `model`; `org/name` is fetched from the
+    hub into its cache (no network when `HF_HUB_OFFLINE=1`; pickled weights are never fetched).
 
     Args:
         weights: whether a hub id's weights are needed too, and not only its small files.
@@ -47,6 +47,20 @@ def locate(path_or_id: str | Path, *, weights: bool = True) -> Path:
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
         raise NotFoundError(f"{name}: not a folder here, and the hub answered: {reason}") from None
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether this is what `loopwise train` made: a config.json of its own, which is no checkpoint's."""
+    if not (folder / "config.json").is_file():
+        return (folder / "model" / "config.json").is_file()
+    raw = read_json(folder / "config.json")
+    return "model_type" not in raw and "stages" in raw
+
+
+def _model_of_run(folder: Path) -> Path:
+    if not (folder / "model" / "config.json").is_file():
+        raise NotFoundError(f"the run {folder} has not written its model yet; let it end (the same command resumes it)")
+    return folder / "model"
 
 
 def read_json(path: Path) -> dict[str, Any]:
