@@ -20,13 +20,13 @@ def locate(path_or_id: str | Path, *, weights: bool = True) -> Path:
         weights: whether a hub id's weights are needed too, and not only its small files.
 
     Raises:
-        NotFoundError: when there is neither such a folder nor such a hub id within reach.
+        NotFoundError: when there is neither such a folder nor such a hub id within reach, or a run has no model yet.
     """
     if str(path_or_id) == "":
         raise NotFoundError("the checkpoint's path is empty; give a folder, or a hub id of the form organisation/name")
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
-        return folder
+        return _model_of_run(folder) if _is_run(folder) else folder
     if folder.is_file():
         raise NotFoundError(f"{path_or_id} is a file; give the folder that holds config.json and *.safetensors")
     name = str(path_or_id)
