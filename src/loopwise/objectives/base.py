@@ -90,11 +90,13 @@ class Objective(ABC):
     trains: ClassVar[Literal["model", "gate"]] = "model"
     """Whether everything learns, or the exit gate alone beside a frozen language model."""
     reads: ClassVar[Literal["last", "all"]] = "last"
-    needs_hazards: ClassVar[bool] = False
-    """Whether the model must have an exit gate."""
-
     def __post_init__(self) -> None:
         self.plan(seed=0, step=0, micro=0)
+
+    @property
+    def needs_hazards(self) -> bool:
+        """Whether the model must have an exit gate."""
+        return False
 
     def __str__(self) -> str:
         """The short text that builds this objective again, without the settings left at their defaults."""

@@ -60,6 +60,15 @@ def continuation_labels(
     return ContinuationLabels(gates=gates, targets=torch.sigmoid(sharpness * (gain - gamma)))
 
 
+def calibration_loss(
+    inputs: ObjectiveInputs, hazards: Float[Tensor, "loops batch tokens"], labels: ContinuationLabels
+) -> Float[Tensor, ""]:
+    """Cross-entropy between going on and its label, summed over the judged gates, divided by R, averaged over tokens."""
+    judged = hazards.masked_fill(~inputs.mask, 0.5)[labels.gates]
+    surprise = continuation_cross_entropy(judged, labels.targets) * inputs.mask
+    return surprise.sum() / inputs.plan.loops / inputs.mask.sum().clamp_min(1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Calibration(Objective):
     """Cross-entropy between going on and its label, summed over the judged gates, divided by R, averaged over tokens.
@@ -71,7 +80,6 @@ class Calibration(Objective):
     name: ClassVar[str] = "calibrate"
     trains: ClassVar[Literal["model", "gate"]] = "gate"
     reads: ClassVar[Literal["last", "all"]] = "all"
-    needs_hazards: ClassVar[bool] = True
     always_shown: ClassVar[tuple[str, ...]] = ("rule",)
 
     rule: str = "next-loop"
@@ -89,6 +97,10 @@ class Calibration(Objective):
         if self.loops < 2:
             raise ConfigError("calibrate with loops=1 has no gate to judge; give loops=2 or more")
 
+    @property
+    def needs_hazards(self) -> bool:
+        return True
+
     def plan(self, *, seed: int, step: int, micro: int) -> LoopPlan:
         return LoopPlan(loops=self.loops, read=self.reads)
 
@@ -97,10 +109,7 @@ class Calibration(Objective):
         return None
 
     def gate_loss(self, inputs: ObjectiveInputs, losses: Float[Tensor, "loops batch tokens"]) -> Float[Tensor, ""]:
-        labels = self._labels(losses)
-        judged = self.hazards(inputs).masked_fill(~inputs.mask, 0.5)[labels.gates]
-        surprise = continuation_cross_entropy(judged, labels.targets) * inputs.mask
-        return surprise.sum() / inputs.plan.loops / inputs.mask.sum().clamp_min(1)
+        return calibration_loss(inputs, self.hazards(inputs), self._labels(losses))
 
     def metrics(self, inputs: ObjectiveInputs, losses: Float[Tensor, "loops batch tokens"]) -> dict[str, float]:
         """The common figures, over every loop whatever `first_loop`, and two of the gate.

@@ -24,7 +24,6 @@ class ExpectedLoss(Objective):
 
     name: ClassVar[str] = "expected"
     reads: ClassVar[Literal["last", "all"]] = "all"
-    needs_hazards: ClassVar[bool] = True
 
     backprop: int | None = None
     """The last so many loops carry gradient; none: all of them."""
@@ -52,6 +51,10 @@ class ExpectedLoss(Objective):
                 f"anneal_until={self.anneal_until} is not after uniform_until={self.uniform_until}; "
                 "beta moves between the two, for example uniform_until=0.5,anneal_until=1"
             )
+
+    @property
+    def needs_hazards(self) -> bool:
+        return True
 
     def plan(self, *, seed: int, step: int, micro: int) -> LoopPlan:
         return LoopPlan(loops=self.loops, backprop=self.backprop, read=self.reads)
