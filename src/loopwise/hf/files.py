@@ -1,5 +1,6 @@
 """Checkpoint folders for the bridge: everything goes through `loopwise.hub`, where names and shapes are checked."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -132,7 +133,8 @@ def _rebuilt(model: LoopedLM, wanted: LoopedLMConfig) -> LoopedLM:
 def config_of(model: LoopedLM) -> LoopedPreTrainedConfig:
     """The configuration of a model that was read or built by Loopwise."""
     origin = model.origin or Origin(family="loopwise")
-    raw = FAMILIES[origin.family].write_config(model.config, origin.config)
+    # As it would be read from a file: lists for tuples.
+    raw = json.loads(json.dumps(FAMILIES[origin.family].write_config(model.config, origin.config)))
     config = CONFIGS[origin.family](**{key: value for key, value in raw.items() if key != "model_type"})
     config.remember_tensors([entry.name for entry in FAMILIES[origin.family].entries(model.config)])
     config.name_or_path = "" if origin.folder is None else str(origin.folder)

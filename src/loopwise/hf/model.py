@@ -139,6 +139,10 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         cache = self._cache(past_key_values, use_cache, loops)
         if labels is not None and cache is not None:
             raise ConfigError("labels need the whole sequence at once; leave out past_key_values and use_cache")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise InputError(
+                f"labels of shape {tuple(labels.shape)} for tokens of shape {tuple(input_ids.shape)}; give equal shapes"
+            )
         before = 0 if cache is None else cache.get_seq_length()
         if attention_mask is not None and attention_mask.shape != (len(input_ids), before + input_ids.shape[1]):
             raise InputError(
