@@ -49,7 +49,8 @@ class ConvertConfig:
     """Whether TARGET may hold a checkpoint already."""
 
     def __post_init__(self) -> None:
-        self.shard_bytes  # noqa: B018 (a wrong size is refused now, not after the work)
+        if self.shard_bytes < 1:
+            raise ConfigError(f"shard_size={self.shard_size}: give a size such as 5GB, 500MB or 2GiB")
         if self.order is not None and self.layers is None:
             raise ConfigError(f"order={self.order} belongs to upcycling; give layers=... too, for example layers=48")
         chosen = [part for part in (self.prelude, self.core, self.coda) if part is not None]
@@ -69,10 +70,10 @@ class ConvertConfig:
 
     @property
     def shard_bytes(self) -> int:
-        """`shard_size` in bytes."""
+        """`shard_size` in bytes; 0 when it is no size, which is refused."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", self.shard_size)
-        if not found or found[2].upper() not in _UNITS or float(found[1]) * _UNITS[found[2].upper()] < 1:
-            raise ConfigError(f"shard_size={self.shard_size}: give a size such as 5GB, 500MB or 2GiB")
+        if not found or found[2].upper() not in _UNITS:
+            return 0
         return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
