@@ -1,14 +1,20 @@
 """`loopwise train`: from a preset and a few dials, or from a whole configuration."""
 
 import dataclasses
+import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopwise.configuration import build
-from loopwise.errors import ConfigError
+from loopwise.configuration import build, to_dict
+from loopwise.errors import ConfigError, NotFoundError
+
+if TYPE_CHECKING:
+    from loopwise.train.config import TrainConfig
+
+CONFIG = "loopwise.train.config:TrainConfig"
 
 
 def command(
@@ -31,19 +37,18 @@ def command(
         loopwise train --preset calibrate init=runs/ouro-tiny corpus=notes/
 
     Words that are no dial of the preset are settings of the run (`optimizer.name=muon`, `device=cuda`). The same
-    command, typed again, goes on from the newest checkpoint; so does `--resume FOLDER`.
+    command, typed again, goes on from the newest checkpoint; so does `--resume FOLDER`. docs/training.md has the rest.
     """
     from loopwise.train.config import TrainConfig
     from loopwise.train.run import train
-    from loopwise.train.setup import config_to_dict
 
     words = list(overrides or [])
     if resume is not None:
         if preset or config or words:
             raise ConfigError("--resume goes on with a run as it is; leave out everything else")
-        chosen = build(TrainConfig, resume / "config.json", [])
-        if Path(chosen.run).resolve() != resume.resolve():
-            chosen = dataclasses.replace(chosen, run=str(resume))
+        if not (resume / "config.json").is_file():
+            raise NotFoundError(f"there is no run in {resume}; give a folder that `loopwise train` has written")
+        chosen = dataclasses.replace(build(TrainConfig, resume / "config.json", []), run=str(resume))
     elif preset is not None:
         chosen = _from_preset(preset, config, words, quiet=as_json)
     elif config is not None:
@@ -51,31 +56,37 @@ def command(
     else:
         raise ConfigError("nothing says what to train; type for example: loopwise train --preset ouro-tiny")
     if dry:
-        typer.echo(json.dumps(config_to_dict(chosen), indent=2))
+        typer.echo(json.dumps(to_dict(chosen), indent=2))
         return
     result = train(chosen)
+    model = result.folder / "model"
     if as_json:
         losses = {str(loop): loss for loop, loss in result.validation.losses.items()}
-        typer.echo(json.dumps({"model": str(result.folder / "model"), "validation_loss": losses}))
-    else:
-        typer.echo(f"try it: loopwise generate {result.folder} --show-loops")
+        typer.echo(json.dumps({"model": str(model), "validation_loss": losses}))
+    elif result.model.tokenizer is not None:
+        typer.echo(f"try it: loopwise generate {model} 'Once' --show-loops")
 
 
-def _from_preset(name: str, file: Path | None, words: list[str], *, quiet: bool) -> Any:
+def _from_preset(name: str, file: Path | None, words: list[str], *, quiet: bool) -> "TrainConfig":
     """The preset's configuration, with settings that are no dials applied on top."""
     from loopwise.train.config import TrainConfig
     from loopwise.train.presets import find_preset
 
     found = find_preset(name)
-    names = {field.name for field in dataclasses.fields(found.dials)}
-    dials = [word for word in words if word.partition("=")[0] in names]
-    others = [word for word in words if word.partition("=")[0] not in names]
-    recipe = found.build(build(found.dials, None, dials))
-    base = dataclasses.replace(recipe.config, run=recipe.config.run.replace("{preset}", name))
+    dials = [field.name for field in dataclasses.fields(found.dials)]
+    settings = [field.name for field in dataclasses.fields(TrainConfig)]
+    for word in words:
+        key = word.partition("=")[0].partition(".")[0]
+        if key not in (*dials, *settings):
+            near = difflib.get_close_matches(key, [*dials, *settings], n=1)
+            hint = f"; did you mean {near[0]}" if near else ""
+            raise ConfigError(
+                f"{name} has no dial and a run no setting {key}{hint}; dials: {', '.join(dials)}; "
+                f"settings: {', '.join(setting for setting in settings if setting not in dials)}"
+            )
+    recipe = found.build(build(found.dials, None, [word for word in words if word.partition("=")[0] in dials]))
     if not quiet:
         for choice in recipe.choices:
             typer.echo(f"{choice.name} = {choice.value}  ({choice.reason})", err=True)
-    try:
-        return build(TrainConfig, file, others, base=base)
-    except ConfigError as error:
-        raise ConfigError(f"{error} (dials of {name}: {', '.join(sorted(names))})") from None
+    others = [word for word in words if word.partition("=")[0] not in dials]
+    return build(TrainConfig, file, others, base=recipe.config)

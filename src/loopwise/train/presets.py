@@ -6,15 +6,13 @@ from difflib import get_close_matches
 from typing import Any
 
 from loopwise.errors import ConfigError
+from loopwise.hub.checkpoints import inspect
 from loopwise.models.config import LoopedLMConfig
 from loopwise.objectives.calibration import LabelRule
-from loopwise.tasks.pointer_chasing import PointerChasingConfig
-from loopwise.train.config import StageConfig, TrainConfig
+from loopwise.tasks.pointer_chasing import PointerChasing, PointerChasingConfig
+from loopwise.train.config import DEFAULT_TOKENIZER, UNKNOWN_VOCABULARY, StageConfig, TrainConfig
 from loopwise.train.optimizers import OptimizerConfig
 from loopwise.train.schedule import ScheduleConfig
-
-UNKNOWN_VOCABULARY = 1
-"""Stands for the vocabulary size until the data is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +50,12 @@ class TextDials:
     """Sequences per step."""
     context: int = 256
     """Tokens per sequence."""
-    tokenizer: str = "bpe:4096"
+    tokenizer: str = DEFAULT_TOKENIZER
     """`bpe:SIZE`, `bytes`, or the folder of a checkpoint."""
     seed: int = 0
     """Everything random is a function of it."""
-    run: str = "runs/{preset}"
-    """The run folder."""
+    run: str | None = None
+    """The run folder; none: runs/PRESET."""
 
     def __post_init__(self) -> None:
         for name in ("loops", "layers", "rows", "context"):
@@ -79,8 +77,8 @@ class CalibrateDials:
     """What to read (see docs/data.md)."""
     rule: LabelRule = "next-loop"
     """How the worth of another loop is judged (see docs/objectives.md)."""
-    loops: int = 4
-    """Loops to judge."""
+    loops: int | None = None
+    """Loops to judge; none: as many as the model runs by itself."""
     steps: int = 200
     """Optimiser steps."""
     rows: int = 16
@@ -89,8 +87,8 @@ class CalibrateDials:
     """Tokens per sequence."""
     seed: int = 0
     """Order of the data."""
-    run: str = "runs/{preset}"
-    """The run folder."""
+    run: str | None = None
+    """The run folder; none: runs/PRESET."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +107,8 @@ class PointerDials:
     """Tables per step."""
     seed: int = 0
     """Everything random is a function of it."""
-    run: str = "runs/{preset}"
-    """The run folder."""
+    run: str | None = None
+    """The run folder; none: runs/PRESET."""
 
     def __post_init__(self) -> None:
         if self.width < 32 or self.width % 16:
@@ -123,7 +121,7 @@ def ouro_tiny(dials: TextDials) -> Recipe:
     """A small Ouro: the whole stack is looped, a gate learns where to stop, in two stages."""
     head_width = 64 if dials.width % 64 == 0 else 32
     mlp_width = _round_to(8 * dials.width / 3, 32)
-    calibration = max(10, dials.steps // 10)
+    calibration = max(10, dials.steps // 10) if dials.loops > 1 else 0
     first = dials.steps - calibration
     rate = 3e-3 * (256 / dials.width) ** 0.5
     model = LoopedLMConfig(
@@ -143,29 +141,31 @@ def ouro_tiny(dials: TextDials) -> Recipe:
         final_norm=False,
         gate=True,
     )
-    stages = (
-        StageConfig(
-            name="stage I",
-            objective=f"expected:loops={dials.loops},beta=0.1,beta_end=0.05,uniform_until=0.5",
-            steps=first,
-            rows=dials.rows,
-            context=dials.context,
-            learning_rate=rate,
-            schedule=ScheduleConfig(warmup=max(1, first // 20), decay=first // 3),
-        ),
-        StageConfig(
-            name="stage II",
-            objective=f"calibrate:loops={dials.loops},rule=next-loop",
-            steps=calibration,
-            rows=dials.rows,
-            context=dials.context,
-            learning_rate=1e-2,
-            schedule=ScheduleConfig(warmup=max(1, calibration // 10), decay=calibration // 2),
-        ),
+    stage = StageConfig(
+        name="stage I",
+        objective=f"expected:loops={dials.loops},beta=0.1,beta_end=0.05,uniform_until=0.5",
+        steps=first,
+        rows=dials.rows,
+        context=dials.context,
+        learning_rate=rate,
+        schedule=ScheduleConfig(warmup=max(1, first // 20), decay=first // 3),
     )
+    stages = [stage]
+    if calibration:
+        stages.append(
+            StageConfig(
+                name="stage II",
+                objective=f"calibrate:loops={dials.loops},rule=next-loop",
+                steps=calibration,
+                rows=dials.rows,
+                context=dials.context,
+                learning_rate=1e-2,
+                schedule=ScheduleConfig(warmup=max(1, calibration // 10), decay=calibration // 2),
+            )
+        )
     config = TrainConfig(
-        run=dials.run,
-        stages=stages if dials.loops > 1 else stages[:1],
+        run=dials.run or "runs/ouro-tiny",
+        stages=tuple(stages),
         model=model,
         family="ouro",
         corpus=dials.corpus,
@@ -231,7 +231,7 @@ def huginn_tiny(dials: TextDials) -> Recipe:
         schedule=ScheduleConfig(warmup=max(1, dials.steps // 20), decay=dials.steps // 3),
     )
     config = TrainConfig(
-        run=dials.run,
+        run=dials.run or "runs/huginn-tiny",
         stages=(stage,),
         model=model,
         family="huginn_raven",
@@ -252,9 +252,10 @@ def huginn_tiny(dials: TextDials) -> Recipe:
 
 def calibrate(dials: CalibrateDials) -> Recipe:
     """Stage II alone: the gate of a finished model learns what another loop is worth; nothing else changes."""
+    loops = dials.loops or inspect(dials.init).config.loops
     stage = StageConfig(
         name="stage II",
-        objective=f"calibrate:loops={dials.loops},rule={dials.rule}",
+        objective=f"calibrate:loops={loops},rule={dials.rule}",
         steps=dials.steps,
         rows=dials.rows,
         context=dials.context,
@@ -262,17 +263,21 @@ def calibrate(dials: CalibrateDials) -> Recipe:
         schedule=ScheduleConfig(warmup=max(1, dials.steps // 10), decay=dials.steps // 2),
     )
     config = TrainConfig(
-        run=dials.run, stages=(stage,), init=dials.init, corpus=dials.corpus, tokenizer=dials.init, seed=dials.seed
+        run=dials.run or "runs/calibrate", stages=(stage,), init=dials.init, corpus=dials.corpus, seed=dials.seed
     )
     return Recipe(
         config,
-        [Choice(name="learning_rate", value="1e-02", reason="the gate is one row of weights and nothing else moves")],
+        [
+            Choice(name="loops", value=loops, reason="as asked" if dials.loops else "what this model runs by itself"),
+            Choice(name="learning_rate", value="1e-02", reason="the gate is one row of weights and nothing else moves"),
+        ],
     )
 
 
 def pointer_chasing(dials: PointerDials) -> Recipe:
     """k-hop questions: with a loss at loop r only for questions of at most r hops, each loop learns one hop."""
-    calibration = max(10, dials.steps // 10)
+    task = PointerChasingConfig(nodes=dials.nodes, max_hops=dials.loops)
+    calibration = max(10, dials.steps // 10) if dials.loops > 1 else 0
     first = dials.steps - calibration
     model = LoopedLMConfig(
         vocab_size=UNKNOWN_VOCABULARY,
@@ -285,38 +290,40 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
         loops=dials.loops,
         trained_loops=(1, dials.loops),
         anytime=True,
-        max_positions=256,
-        norm="pre",
-        start="zeros",
-        injection="add",
+        max_positions=max(256, PointerChasing(task).length),
+        norm="pre_branch",
+        loop_norm=True,
+        final_norm=False,
+        tied_head=True,
         gate=True,
     )
-    stages = (
+    stages = [
         StageConfig(
             name="hops",
-            objective=f"every:loops={dials.loops}",
+            objective=f"every:loops={dials.loops}" + (",gate=0.1" if dials.loops > 1 else ""),
             steps=first,
             rows=dials.rows,
-            context=1,
             learning_rate=3e-3,
-            schedule=ScheduleConfig(warmup=max(1, first // 20), decay=first * 2 // 5),
-        ),
-        StageConfig(
-            name="gate",
-            objective=f"calibrate:loops={dials.loops},rule=best-later",
-            steps=calibration,
-            rows=dials.rows,
-            context=1,
-            learning_rate=3e-2,
-            schedule=ScheduleConfig(warmup=max(1, calibration // 10), decay=calibration // 2),
-        ),
-    )
+            schedule=ScheduleConfig(warmup=max(1, first // 20), decay=first // 5),
+        )
+    ]
+    if calibration:
+        stages.append(
+            StageConfig(
+                name="gate",
+                objective=f"calibrate:loops={dials.loops},rule=best-later",
+                steps=calibration,
+                rows=dials.rows,
+                learning_rate=3e-2,
+                schedule=ScheduleConfig(warmup=max(1, calibration // 10), decay=calibration // 2),
+            )
+        )
     config = TrainConfig(
-        run=dials.run,
-        stages=stages if dials.loops > 1 else stages[:1],
+        run=dials.run or "runs/pointer-chasing",
+        stages=tuple(stages),
         model=model,
         task="pointer-chasing",
-        pointer_chasing=PointerChasingConfig(nodes=dials.nodes, max_hops=dials.loops),
+        pointer_chasing=task,
         optimizer=OptimizerConfig(betas=(0.9, 0.98), weight_decay=0.01),
         seed=dials.seed,
     )
@@ -324,7 +331,11 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
         config,
         [
             Choice(name="core_layers", value=1, reason="one layer, one hop"),
-            Choice(name="start", value="zeros + question", reason="the question enters every loop and is not forgotten"),
+            Choice(
+                name="tied_head",
+                value=True,
+                reason="an answer is written as the next lookup reads it: two hops come free",
+            ),
             Choice(name="first_loop", value="k", reason="a k-hop question is asked from loop k on"),
             Choice(name="rule", value="best-later", reason="a hop pays off only when the last one is done"),
         ],

@@ -21,7 +21,9 @@ class Status:
     steps: int
     """Steps of the whole run."""
     losses: Sequence[float]
-    """Loss in nats by loop, 1..R; one number if only the last loop is read."""
+    """Loss in nats by loop."""
+    loops: Sequence[int] | None = None
+    """The loops that the losses were read at, rising; None: 1..R. Others are shown with their number."""
     mean_exit: float | None = None
     """Mean exit loop under the gate."""
     tokens_per_second: float | None = None
@@ -38,7 +40,7 @@ class Status:
 
 def render(status: Status, seconds_left: float | None) -> str:
     """The line, without colour: `step 1,200/5,000 · loss 3.31 3.12 3.05 3.01 · exit 2.4 · 12.3k tok/s · ...`."""
-    parts = [f"step {status.step:,}/{status.steps:,}", f"loss {compact_losses(status.losses)}"]
+    parts = [f"step {status.step:,}/{status.steps:,}", f"loss {compact_losses(status.losses, status.loops)}"]
     if status.stage is not None:
         parts.insert(0, status.stage)
     if status.mean_exit is not None:
@@ -56,9 +58,11 @@ def render(status: Status, seconds_left: float | None) -> str:
     return " · ".join(parts)
 
 
-def compact_losses(losses: Sequence[float]) -> str:
-    """Losses by loop; of many loops only the first ones and the last are shown."""
+def compact_losses(losses: Sequence[float], loops: Sequence[int] | None = None) -> str:
+    """Losses by loop; of many loops only the first ones and the last are shown. `3:2.115` is loop 3 of a few."""
     shown = [f"{loss:.3f}" for loss in losses]
+    if loops is not None and list(loops) != list(range(1, len(losses) + 1)):
+        shown = [f"{loop}:{loss}" for loop, loss in zip(loops, shown, strict=True)]
     if len(shown) > SHOWN_LOOPS:
         shown = [*shown[: SHOWN_LOOPS - 2], "…", shown[-1]]
     return " ".join(shown)

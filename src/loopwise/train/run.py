@@ -4,44 +4,33 @@ A step is a pure function of (configuration, step, weights, optimiser state): da
 addressed by the step's number, so a run that was killed continues to the same bits from its newest checkpoint.
 """
 
-import json
-import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from loopwise.errors import ConfigError
+from loopwise.errors import CheckpointError, ConfigError
 from loopwise.hub.checkpoints import save as save_model
-from loopwise.hub.shards import write_text
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.objectives.base import Objective
-from loopwise.objectives.registry import build_objective
 from loopwise.train import checkpoint
 from loopwise.train.batches import BatchSource
 from loopwise.train.config import StageConfig, TrainConfig
 from loopwise.train.ema import Ema
+from loopwise.train.folder import check_owner, claim, locked
 from loopwise.train.guards import GuardMemory, Vitals, inspect
-from loopwise.train.machine import environment, matmul_peak
-from loopwise.train.metrics import MetricsLog
+from loopwise.train.interrupt import Interrupt, held_back
+from loopwise.train.machine import keep_freed_memory, matmul_peak
 from loopwise.train.optimizers import Optimizer, build_optimizer, fused_blocks
-from loopwise.train.progress import Progress, Status
+from loopwise.train.outputs import Figures, Outputs, Stopwatch, open_outputs
+from loopwise.train.progress import Progress
 from loopwise.train.schedule import multiplier
-from loopwise.train.setup import Data, build_data, build_model, config_to_dict
-from loopwise.train.step import (
-    Validation,
-    autocast,
-    executed_flops,
-    micro_batch_loss,
-    training_start,
-    validate,
-)
-from loopwise.train.trackers import Tracker, build_trackers
+from loopwise.train.setup import Data, build_data, build_model
+from loopwise.train.step import autocast, executed_flops, micro_batch_loss, plan_step, training_start
+from loopwise.train.validation import Validation, validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +38,7 @@ class TrainResult:
     """Where a finished run left its model."""
 
     folder: Path
-    """The run folder."""
+    """The run folder; the model is saved in its `model`."""
     model: LoopedLM
     """The trained model (averaged weights when the run averages)."""
     validation: Validation
@@ -60,53 +49,41 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
     """Run, or go on with, the training that `config` describes.
 
     The run folder gets config.json, environment.json, metrics.jsonl, checkpoints/ and in the end model/. The same
-    configuration resumes from the newest whole checkpoint.
+    configuration resumes from the newest whole checkpoint. On a CPU under Linux the process keeps the memory that it
+    frees (see `keep_freed_memory`).
 
     Raises:
         ConfigError: when the folder holds another run, or the configuration makes no sense.
         UserError: for missing or broken data and checkpoints, and for a full disk.
+        KeyboardInterrupt: after Ctrl-C; the steps so far are saved.
     """
     folder = Path(config.run)
-    _claim(folder, config)
-    data = build_data(config, cache=folder / "data")
-    model = build_model(config, data)
-    run = _Run(config, folder, model, data)
-    resumed = run.resume()
-    trackers = build_trackers(
-        config.trackers, folder=folder, project="loopwise", run=folder.name, config=config_to_dict(config)
-    )
-    shown = progress or Progress()
-    with shown, MetricsLog(folder / "metrics.jsonl", resume_step=run.step) as metrics:
-        run.outputs = _Outputs(metrics, trackers, shown)
-        if resumed:
-            shown.note(f"resuming {folder} at step {run.step:,} of {config.steps:,}")
-        try:
+    check_owner(folder, config)
+    if config.device == "cpu":
+        keep_freed_memory()
+    with locked(folder):
+        data = build_data(config, cache=folder / "data")
+        model = build_model(config, data)
+        claim(folder, config)
+        run = _Run(config, folder, model, data)
+        resumed = run.resume()
+        shown = progress or Progress()
+        with open_outputs(config, folder, shown, step=run.step) as run.outputs, held_back() as interrupt:
+            if resumed:
+                shown.note(f"resuming {folder} at step {run.step:,} of {config.steps:,}")
             for index in range(len(config.stages)):
-                run.train_stage(index)
-        except KeyboardInterrupt:
-            run.save_checkpoint()
-            shown.note(f"stopped at step {run.step:,}; type the same command again to go on")
-            raise
-        finally:
-            for tracker in trackers:
-                tracker.close()
-        return run.finish()
-
-
-@dataclass
-class _Outputs:
-    metrics: MetricsLog
-    trackers: list[Tracker]
-    progress: Progress
-
-    def log(self, values: dict[str, Any], step: int) -> None:
-        self.metrics.log(values, step)
-        for tracker in self.trackers:
-            tracker.log(values, step)
+                run.train_stage(index, interrupt)
+            if interrupt.wanted:
+                run.save_checkpoint()
+                shown.note(f"stopped at step {run.step:,}; type the same command again to go on")
+                raise KeyboardInterrupt
+            return run.finish()
 
 
 class _Run:
     """A run in progress: what changes from step to step, and how to save and restore it."""
+
+    outputs: Outputs
 
     def __init__(self, config: TrainConfig, folder: Path, model: LoopedLM, data: Data) -> None:
         self.config = config
@@ -115,112 +92,92 @@ class _Run:
         self.data = data
         self.step = 0
         """Optimiser steps completed, over all stages."""
-        self.outputs: _Outputs
+        self.skipped = 0
+        """Of those, steps whose gradients were not finite."""
         self.optimizer: Optimizer | None = None
         self.optimizer_trains = ""
         self.ema = Ema(model.named_parameters(), config.ema) if config.ema is not None else None
         self.guards = GuardMemory()
-        self.skipped_before = 0
-        self.steps_before = 0
+        self.looked_at = (0, 0)
+        """`step` and `skipped` when the guards last looked."""
         self.last_validation: Validation | None = None
-        self.peak = matmul_peak(_DTYPES[config.dtype], config.device)
+        self.clock = Stopwatch(matmul_peak(_DTYPES[config.dtype], config.device))
 
-    def first_step(self, index: int) -> int:
-        """The step at which stage `index` begins."""
-        return sum(stage.steps for stage in self.config.stages[:index])
-
-    def train_stage(self, index: int) -> None:
-        stage = self.config.stages[index]
-        first, last = self.first_step(index), self.first_step(index + 1)
-        if self.step >= last:
-            return
-        objective = build_objective(stage.objective)
-        if self.step == first:
-            self.prepare_optimizer(objective)
-        source = self.data.source(index)
-        while self.step < last:
+    def train_stage(self, index: int, interrupt: Interrupt) -> None:
+        config, stage = self.config, self.config.stages[index]
+        first, last = config.first_step(index), config.first_step(index + 1)
+        objective, source = stage.learns(), self.data.source(index)
+        if self.step == first and not interrupt.wanted:
+            self.begin_stage(objective)
+        while self.step < last and not interrupt.wanted:
             self.train_step(stage, objective, source, first)
-            ended = self.step == last
-            if self.step % self.config.validate_every == 0 or self.step == self.config.steps:
+            if self.step % config.validate_every == 0 or self.step == config.steps:
                 self.validate(source)
-            if self.step % self.config.checkpoint_every == 0 or ended:
+            if self.step % config.checkpoint_every == 0 or self.step == last:
                 self.save_checkpoint()
 
+    def begin_stage(self, objective: Objective) -> None:
+        """Moments and averages carry over while the same parameters are trained."""
+        if self.optimizer is not None and self.optimizer_trains == objective.trains:
+            return
+        if self.optimizer is not None and self.ema is not None:
+            # What was averaged is now held still, so the average is what the next stage must learn beside.
+            with torch.no_grad(), self.averaged():
+                settled = {name: parameter.clone() for name, parameter in self.model.named_parameters()}
+            self.put(settled)
+            self.ema = Ema(self.model.named_parameters(), self.ema.config)
+        self.prepare_optimizer(objective)
+
     def prepare_optimizer(self, objective: Objective) -> None:
-        """An optimiser for what the objective trains; moments carry over while that stays the same."""
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(objective.trains == "model" or name.startswith("gate."))
-        if self.optimizer_trains == objective.trains:
-            return
-        config = self.model.config
+        shape = self.model.config
         blocks = fused_blocks(
-            heads=config.heads, kv_heads=config.kv_heads, head_width=config.head_width, mlp_width=config.mlp_width
+            heads=shape.heads, kv_heads=shape.kv_heads, head_width=shape.head_width, mlp_width=shape.mlp_width
         )
-        self.optimizer = build_optimizer(
-            self.model.named_parameters(), self.config.optimizer, blocks=blocks if objective.trains == "model" else None
-        )
+        self.optimizer = build_optimizer(self.model.named_parameters(), self.config.optimizer, blocks=blocks)
         self.optimizer_trains = objective.trains
 
     def train_step(self, stage: StageConfig, objective: Objective, source: BatchSource, first: int) -> None:
         assert self.optimizer is not None
-        began = time.perf_counter()
+        self.clock.start()
         config, here = self.config, self.step - first
-        progress = here / stage.steps
         rate = stage.learning_rate * multiplier(stage.schedule, here, stage.steps)
-        logging = (self.step + 1) % config.log_every == 0 or self.step + 1 == first + stage.steps
-        tokens, flops, total = 0, 0.0, 0.0
-        figures: list[dict[str, float]] = []
-        for micro in range(stage.micro_batches):
-            batch = source.batch(here, micro, rows=stage.rows).to(config.device)
-            plan = objective.plan(seed=config.seed, step=self.step, micro=micro)
-            start = training_start(self.model, batch, seed=config.seed, step=self.step, micro=micro)
+        logging = (self.step + 1) % config.log_every == 0 or here + 1 == stage.steps
+        figures, tokens, flops = Figures(), 0, 0.0
+        batches = [source.batch(here, micro, rows=stage.rows) for micro in range(stage.micro_batches)]
+        for micro, work in enumerate(plan_step(objective, batches, seed=config.seed, step=self.step)):
+            batch = work.batch.to(config.device)
             with autocast(config.device, config.dtype):
                 result = micro_batch_loss(
                     self.model,
                     batch,
                     objective,
-                    plan,
-                    progress=progress,
-                    start=start,
+                    work.plan,
+                    progress=here / stage.steps,
+                    start=training_start(self.model, batch, seed=config.seed, step=self.step, micro=micro),
                     recompute=config.recompute,
-                    share=1.0 / stage.micro_batches,
+                    share=work.share,
                 )
-            result.loss.total.backward()
-            tokens += batch.tokens.numel()
-            flops += executed_flops(
-                self.model.config, plan, tokens=batch.tokens.numel(), context=stage.context, trains=objective.trains
-            )
+            torch.autograd.backward(result.loss.total)
+            size, length = batch.tokens.numel(), batch.tokens.shape[1]
+            tokens += size
+            flops += executed_flops(self.model.config, work.plan, tokens=size, context=length, trains=objective.trains)
             if logging:
-                total += float(result.loss.total.detach())
-                figures.append(objective.metrics(result.inputs, result.loss.losses))
+                found = objective.metrics(result.inputs, result.loss.losses)
+                figures.add(found, loops=work.plan.loops, share=work.share)
+                figures.total += float(result.loss.total.detach())
         report = self.optimizer.step(rate)
         self.optimizer.zero_grad()
         self.step += 1
+        self.skipped += report.skipped
         if self.ema is not None and not report.skipped:
             self.ema.update(self.step)
+        self.clock.stop(tokens=tokens, flops=flops)
         if logging:
-            seconds = time.perf_counter() - began
-            shown = _mean(figures)
-            values = {"stage": stage.name, "loss_total": total, **shown}
-            values |= {"gradient_norm": report.gradient_norm, "learning_rate": rate, "skipped": self.optimizer.skipped}
-            values["timing"] = {
-                "tokens_per_second": tokens / seconds,
-                "peak_share": flops / seconds / self.peak,
-            }
-            self.outputs.log(values, self.step)
-            self.outputs.progress.update(
-                Status(
-                    step=self.step,
-                    steps=config.steps,
-                    stage=stage.name if len(config.stages) > 1 else None,
-                    losses=[value for key, value in shown.items() if key.startswith("loss")],
-                    mean_exit=shown.get("exit_loop"),
-                    tokens_per_second=tokens / seconds,
-                    peak_share=flops / seconds / self.peak,
-                    learning_rate=rate,
-                    skipped=self.optimizer.skipped,
-                )
-            )
+            values = {"stage": stage.name, "loss_total": figures.total, **figures.means()}
+            values |= {"gradient_norm": report.gradient_norm, "learning_rate": rate, "skipped": self.skipped}
+            self.outputs.trained(values, self.clock.look(), self.step)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -231,133 +188,93 @@ class _Run:
             with self.ema.applied():
                 yield
 
-    def validate(self, source: BatchSource) -> Validation:
+    def measure(self, source: BatchSource) -> Validation:
         config = self.config
         batches = [batch.to(config.device) for batch in source.validation(config.validation_rows)]
         with self.averaged(), autocast(config.device, config.dtype):
-            found = validate(self.model, batches, config.loops_validated())
-        self.last_validation = found
-        values: dict[str, Any] = {f"validation_loss_loop_{loop}": loss for loop, loss in found.losses.items()}
-        values |= {f"validation_accuracy_loop_{loop}": share for loop, share in found.accuracies.items()}
-        if self.data.bytes_per_token is not None:
-            values |= {
-                f"validation_bits_per_byte_loop_{loop}": loss / math.log(2) / self.data.bytes_per_token
-                for loop, loss in found.losses.items()
-            }
-        if found.mean_exit is not None:
-            values["validation_exit_loop"] = found.mean_exit
-        self.outputs.log(values, self.step)
-        losses = " ".join(f"{loop}:{loss:.3f}" for loop, loss in found.losses.items())
-        self.outputs.progress.note(f"step {self.step:,} · validation loss by loops {losses}")
-        self.look_after(found)
-        return found
+            return validate(self.model, batches, config.loops_validated())
 
-    def look_after(self, found: Validation) -> None:
-        """Warn of the known failures, each with its cure."""
-        assert self.optimizer is not None
-        anytime = self.model.facts.anytime and tuple(found.losses) == tuple(range(1, len(found.losses) + 1))
+    def validate(self, source: BatchSource) -> None:
+        """Measure, write it down, and warn of the known failures, each with its cure."""
+        found = self.last_validation = self.measure(source)
+        self.outputs.validated(found, self.step, bytes_per_token=self.data.bytes_per_token)
+        losses, (steps_before, skipped_before) = found.losses, self.looked_at
+        every_loop = tuple(losses) == tuple(range(1, len(losses) + 1))
         vitals = Vitals(
             correlation=found.correlation,
-            losses=list(found.losses.values()) if anytime else None,
+            losses=list(losses.values()) if self.model.facts.anytime and every_loop else None,
             norms=found.norms,
             exits=found.exits,
-            steps=self.step - self.steps_before,
-            skipped=self.optimizer.skipped - self.skipped_before,
+            steps=self.step - steps_before,
+            skipped=self.skipped - skipped_before,
         )
         seen = inspect(vitals, step=self.step, config=self.config.guards, memory=self.guards)
-        self.guards = seen.memory
-        self.steps_before, self.skipped_before = self.step, self.optimizer.skipped
+        self.guards, self.looked_at = seen.memory, (self.step, self.skipped)
         for name, message in seen.warnings.items():
-            self.outputs.log({"warning": name, "message": message}, self.step)
-            self.outputs.progress.note(f"warning: {message}")
+            self.outputs.warn(name, message, self.step)
 
     def save_checkpoint(self) -> None:
         if self.optimizer is None:
             return
+        # A checkpoint must never be ahead of the metrics that led to it.
         self.outputs.metrics.sync()
-        flat = checkpoint.flatten(self.optimizer.state(), "optimizer")
-        tensors: dict[str, Tensor] = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
-        tensors |= flat.tensors
+        optimizer = checkpoint.flatten(self.optimizer.state(), "optimizer")
         average = checkpoint.flatten(self.ema.state() if self.ema is not None else {}, "ema")
-        tensors |= average.tensors
+        weights = {f"model/{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
         meta = {
-            "optimizer": flat.skeleton,
+            "optimizer": optimizer.skeleton,
             "ema": average.skeleton,
-            "trains": self.optimizer_trains,
+            "skipped": self.skipped,
             "guards": dict(self.guards.spoken),
-            "seen": [self.steps_before, self.skipped_before],
+            "looked_at": self.looked_at,
             "data": self.data.identity(),
         }
-        checkpoint.save(
-            self.folder / "checkpoints", self.step, tensors, meta, keep=self.config.keep_checkpoints
-        )
+        tensors = {**weights, **optimizer.tensors, **average.tensors}
+        checkpoint.save(self.folder / "checkpoints", self.step, tensors, meta, keep=self.config.keep_checkpoints)
 
     def resume(self) -> bool:
         """Take over the newest whole checkpoint; False when there is none."""
-        found = checkpoint.newest(self.folder / "checkpoints", device=self.config.device)
+        folder = self.folder / "checkpoints"
+        found = checkpoint.newest(folder, device=self.config.device)
         if found is None:
+            if checkpoint.steps(folder):
+                raise CheckpointError(
+                    f"every checkpoint in {folder} is broken; mend one, or remove that folder to train from step 0"
+                )
             return False
         if found.meta["data"] != self.data.identity():
             raise ConfigError(
                 f"the data of {self.folder} has changed since its checkpoint at step {found.step}; "
                 "restore the corpus, or start a new run with run=OTHER_FOLDER"
             )
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(found.tensors[f"model/{name}"])
-        self.step = found.step
-        stage = next(i for i in range(len(self.config.stages)) if self.step <= self.first_step(i + 1))
-        objective = build_objective(self.config.stages[stage].objective)
-        self.optimizer_trains = ""
-        self.prepare_optimizer(objective)
+        self.step, self.skipped = found.step, found.meta["skipped"]
+        self.put({name: found.tensors[f"model/{name}"] for name, _ in self.model.named_parameters()})
+        stages = range(len(self.config.stages))
+        stage = next(i for i in stages if self.step <= self.config.first_step(i + 1))
+        self.prepare_optimizer(self.config.stages[stage].learns())
         assert self.optimizer is not None
         self.optimizer.load_state(checkpoint.unflatten(found.tensors, found.meta["optimizer"]))
         if self.ema is not None:
             self.ema.load_state(checkpoint.unflatten(found.tensors, found.meta["ema"]))
         self.guards = GuardMemory(spoken=found.meta["guards"])
-        self.steps_before, self.skipped_before = found.meta["seen"]
+        self.looked_at = tuple(found.meta["looked_at"])
         return True
+
+    def put(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
 
     def finish(self) -> TrainResult:
         """Write the model that the run was for."""
-        last = len(self.config.stages) - 1
-        if self.last_validation is None:
-            self.prepare_optimizer(build_objective(self.config.stages[last].objective))
-            self.validate(self.data.source(last))
-        assert self.last_validation is not None
+        validation = self.last_validation or self.measure(self.data.source(len(self.config.stages) - 1))
         with self.averaged(), torch.no_grad():
-            final = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(final[name])
-                parameter.requires_grad_(True)
+            final = {name: parameter.clone() for name, parameter in self.model.named_parameters()}
+        self.put(final)
+        self.model.requires_grad_(True)
         save_model(self.model, self.folder / "model")
         self.outputs.progress.note(f"saved {self.folder / 'model'}")
-        return TrainResult(folder=self.folder, model=self.model.eval(), validation=self.last_validation)
+        return TrainResult(folder=self.folder, model=self.model.eval(), validation=validation)
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def _mean(figures: list[dict[str, float]]) -> dict[str, float]:
-    """Each figure's mean over the micro-batches that have it."""
-    names = dict.fromkeys(name for each in figures for name in each)
-    return {name: sum(f[name] for f in figures if name in f) / sum(name in f for f in figures) for name in names}
-
-
-def _claim(folder: Path, config: TrainConfig) -> None:
-    """Make the folder this run's, or see that it is."""
-    wanted = config_to_dict(config)
-    path = folder / "config.json"
-    if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(key for key in wanted.keys() | held.keys() if wanted.get(key) != held.get(key))
-        if different:
-            raise ConfigError(
-                f"{folder} holds another run (it differs in {', '.join(different)}); give run=OTHER_FOLDER, or the "
-                "same settings to go on with it"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "environment.json", json.dumps(environment(config.device), indent=2) + "\n")
-    write_text(path, json.dumps(wanted, indent=2) + "\n")

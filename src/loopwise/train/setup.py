@@ -1,22 +1,26 @@
 """From a configuration to the data and the model that a run begins with."""
 
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from loopwise.configuration import to_dict
+import torch
+
 from loopwise.errors import ConfigError
-from loopwise.hub.checkpoints import inspect, load
+from loopwise.hub.checkpoints import FAMILIES, inspect, load
 from loopwise.hub.family import Origin
 from loopwise.hub.tokenizer import Tokenizer
 from loopwise.models.looped_lm import LoopedLM, initialise
 from loopwise.nn.noise import integer
-from loopwise.objectives.registry import build_objective
 from loopwise.tasks.corpus import Corpus
 from loopwise.tasks.pointer_chasing import PointerChasing
 from loopwise.train.batches import BatchSource
+from loopwise.train.config import DEFAULT_TOKENIZER, UNKNOWN_VOCABULARY, TrainConfig, check_fit, with_trained_loops
 from loopwise.train.sources import PackedSource, PointerChasingSource
-from loopwise.train.config import TrainConfig
 from loopwise.train.token_store import TokenStore, token_store
 
 _TOKENIZER_SAMPLE_BYTES = 20 * 10**6
@@ -37,11 +41,11 @@ class Data:
     def source(self, stage: int) -> BatchSource:
         """The batches of one stage; it begins where the stage before it stopped reading."""
         config = self.config
-        if self.train is None:
+        here = config.stages[stage]
+        if self.train is None or here.context is None:
             seed = integer(config.seed, f"stage {stage}")
             return PointerChasingSource(PointerChasing(config.pointer_chasing), seed=seed)
-        here = config.stages[stage]
-        read = sum(s.steps * s.micro_batches * s.rows * s.context for s in config.stages[:stage])
+        read = sum(s.steps * s.micro_batches * s.rows * (s.context or 0) for s in config.stages[:stage])
         return PackedSource(
             train=self.train,
             validation=self.validation,
@@ -54,8 +58,8 @@ class Data:
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes of text behind each token whose loss counts; None for tasks."""
-        return None if self.train is None else self.train.bytes_per_token
+        """Bytes of held-out text behind each token whose loss counts; None for tasks."""
+        return None if self.validation is None else self.validation.bytes_per_token
 
     def identity(self) -> list[dict[str, Any]]:
         """What decides every batch of the run, as JSON."""
@@ -66,43 +70,55 @@ def build_data(config: TrainConfig, *, cache: Path) -> Data:
     """Read and pack the corpus, or set up the task.
 
     Raises:
-        UserError: for a missing, empty or broken corpus, or a tokenizer that does not exist.
+        UserError: for a missing, empty or broken corpus or checkpoint, or a tokenizer that does not exist.
     """
+    held: Tokenizer | None = None
+    if config.init is not None:
+        found = inspect(config.init)
+        check_fit(config, found.config)
+        held = found.tokenizer
     if config.task == "pointer-chasing":
         return Data(config=config, vocab_size=PointerChasing(config.pointer_chasing).vocab_size)
+    if config.init is not None and held is None:
+        raise ConfigError(f"{config.init} has no tokenizer.json, so text cannot be read for it; put one beside it")
     corpus = Corpus(config.corpus, limit=config.corpus_bytes)
-    tokenizer = _tokenizer(config, corpus, cache)
-    return Data(
+    tokenizer = held or _tokenizer(config.tokenizer or DEFAULT_TOKENIZER, corpus, cache)
+    data = Data(
         config=config,
         vocab_size=tokenizer.vocab_size,
         tokenizer=tokenizer,
         train=token_store(corpus, tokenizer, cache, part="train"),
         validation=token_store(corpus, tokenizer, cache, part="validation"),
     )
+    # Every stage opens its source here, so that a corpus too small for the last one is refused before the first.
+    data.identity()
+    return data
 
 
-def _tokenizer(config: TrainConfig, corpus: Corpus, cache: Path) -> Tokenizer:
-    if config.init is not None:
-        held = inspect(config.init).tokenizer
-        if held is None:
-            raise ConfigError(f"{config.init} has no tokenizer.json, so text cannot be read for it; put one beside it")
-        return held
-    if (cache / "tokenizer" / "tokenizer.json").is_file():
-        return Tokenizer.load(cache / "tokenizer")
-    kind, _, size = config.tokenizer.partition(":")
-    if config.tokenizer == "bytes":
-        tokenizer = Tokenizer.bytes()
-    elif kind == "bpe" and size.isdigit():
-        tokenizer = Tokenizer.train(_sample(corpus), int(size))
-    elif Path(config.tokenizer).is_dir():
-        tokenizer = Tokenizer.load(config.tokenizer)
-    else:
-        raise ConfigError(f"tokenizer={config.tokenizer!r}; allowed are bpe:SIZE, bytes, or a checkpoint's folder")
-    tokenizer.save(cache / "tokenizer")
-    return tokenizer
+def _tokenizer(spec: str, corpus: Corpus, cache: Path) -> Tokenizer:
+    kind, _, size = spec.partition(":")
+    if spec == "bytes":
+        return Tokenizer.bytes()
+    if kind == "bpe" and size.isdigit():
+        return _trained_tokenizer(int(size), corpus, cache)
+    if Path(spec).is_dir():
+        return Tokenizer.load(spec)
+    raise ConfigError(f"tokenizer={spec!r}; allowed are bpe:SIZE, bytes, or a checkpoint's folder")
 
 
-def _sample(corpus: Corpus) -> Any:
+def _trained_tokenizer(size: int, corpus: Corpus, cache: Path) -> Tokenizer:
+    """Found again by what it was made from, so that another corpus never gets this one's tokenizer."""
+    identity = json.dumps([size, corpus.summary.digest])
+    folder = cache / f"tokenizer-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+    if not folder.is_dir():
+        aside = folder.with_name(f".writing-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        Tokenizer.train(_sample(corpus), size).save(aside)
+        aside.replace(folder)
+    return Tokenizer.load(folder)
+
+
+def _sample(corpus: Corpus) -> Iterator[str]:
     """The beginning of the training text: more of it teaches a tokenizer little and costs minutes."""
     left = _TOKENIZER_SAMPLE_BYTES
     for text in corpus.part("train"):
@@ -116,37 +132,47 @@ def build_model(config: TrainConfig, data: Data) -> LoopedLM:
     """The model that step 1 finds: new, or read from `init`.
 
     Raises:
-        ConfigError: when the stages do not suit the model.
+        ConfigError: the model has fewer token ids than the data, or there is no such device.
+        UserError: for a missing or broken checkpoint.
     """
-    if config.init is not None:
-        model = load(config.init, dtype="float32", device=config.device)
-        if data.vocab_size > model.config.vocab_size:
-            raise ConfigError(
-                f"{config.init} has {model.config.vocab_size} token ids and its tokenizer makes up to "
-                f"{data.vocab_size}; the two do not belong together"
-            )
+    device = check_device(config.device)
+    if config.model is None:
+        model = load(config.init or "", dtype="float32", device=device)
     else:
-        if config.model is None:
-            raise ConfigError("give either model=... (a new model) or init=PATH_OR_ID (one to start from)")
-        model = LoopedLM(replace(config.model, vocab_size=data.vocab_size))
+        asked = config.model.vocab_size
+        model = LoopedLM(replace(config.model, vocab_size=data.vocab_size if asked == UNKNOWN_VOCABULARY else asked))
         initialise(model, seed=config.seed)
-        model = model.to(config.device)
+        model = model.to(device)
         model.tokenizer = data.tokenizer
-        model.origin = Origin(family=config.family, config=_special_ids(data.tokenizer))
-    for stage in config.stages:
-        objective = build_objective(stage.objective)
-        if objective.needs_hazards and model.gate is None:
-            raise ConfigError(
-                f"stage {stage.name}: objective {objective.name} needs an exit gate and this model has none; "
-                "choose last, every or random-depth"
-            )
-        if stage.context > model.config.max_positions:
-            raise ConfigError(
-                f"stage {stage.name}: context={stage.context}; this model holds {model.config.max_positions}"
-            )
+        model.origin = Origin(family=config.family or "loopwise", config=_special_ids(data.tokenizer))
+        # A family that cannot hold this shape should say so now and not when the training is done.
+        FAMILIES[model.origin.family].write_config(model.config, model.origin.config)
+    if data.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"the model has {model.config.vocab_size} token ids and the data makes up to {data.vocab_size}; "
+            "the two do not belong together"
+        )
+    model.config = with_trained_loops(model.config, config.stages)
+    model.facts = replace(model.facts, trained_loops=model.config.trained_loops, anytime=model.config.anytime)
     if config.compile:
         model.compile_core()
     return model.train()
+
+
+def check_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device={name}: allowed are cpu, cuda, cuda:1, mps") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= there.get(device.type, 0):
+        raise ConfigError(f"device={name}: there is no such device here; type: device=cpu")
+    return device
 
 
 def _special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -154,8 +180,3 @@ def _special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
         return {}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return {key: value for key, value in ids.items() if value is not None}
-
-
-def config_to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON."""
-    return to_dict(config)

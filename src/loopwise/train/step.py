@@ -1,23 +1,35 @@
-"""One micro-batch: unroll, read, weigh, and the gradient. Everything else in training is bookkeeping."""
+"""One micro-batch: unroll, read, weigh, and the gradient. Everything else in training is bookkeeping.
 
+Axes: R loops, B batch, T tokens.
+"""
+
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from loopwise.loops.drivers import unroll
-from loopwise.loops.hazard import exit_distribution, mean_exit_loop
 from loopwise.models.accounting import count_flops
 from loopwise.models.config import LoopedLMConfig
-from loopwise.models.looped_lm import LMContext, LoopedLM
+from loopwise.models.looped_lm import LoopedLM
 from loopwise.nn.noise import integer
 from loopwise.objectives.base import LoopPlan, Objective, ObjectiveInputs
-from loopwise.objectives.head import token_losses
 from loopwise.objectives.loss import ObjectiveLoss, objective_loss
 from loopwise.train.batches import Batch
-from loopwise.train.guards import state_norms, token_correlation
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """What one micro-batch will do: known before anything is computed."""
+
+    batch: Batch
+    plan: LoopPlan
+    share: float
+    """Its part of the step's loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +40,23 @@ class MicroBatchResult:
     inputs: ObjectiveInputs
 
 
+def plan_step(objective: Objective, batches: Sequence[Batch], *, seed: int, step: int) -> list[MicroBatch]:
+    """The micro-batches of a step, with shares that make its loss the mean over all its tokens whose loss counts."""
+    plans = [objective.plan(seed=seed, step=step, micro=micro) for micro in range(len(batches))]
+    counts = [counted_tokens(objective, batch, plan) for batch, plan in zip(batches, plans, strict=True)]
+    return [
+        MicroBatch(batch=batch, plan=plan, share=count / max(1, sum(counts)))
+        for batch, plan, count in zip(batches, plans, counts, strict=True)
+    ]
+
+
+def counted_tokens(objective: Objective, batch: Batch, plan: LoopPlan) -> int:
+    """Over how many tokens the objective takes its mean. Calibration judges every token at every loop."""
+    first_loop = None if objective.trains == "gate" else batch.first_loop
+    inputs = ObjectiveInputs(plan=plan, mask=batch.mask, first_loop=first_loop)
+    return int(inputs.counted.any(0).sum())
+
+
 def micro_batch_loss(
     model: LoopedLM,
     batch: Batch,
@@ -35,7 +64,7 @@ def micro_batch_loss(
     plan: LoopPlan,
     *,
     progress: float = 0.0,
-    start: Tensor | None = None,
+    start: Float[Tensor, "batch tokens width"] | None = None,
     recompute: bool = False,
     share: float = 1.0,
 ) -> MicroBatchResult:
@@ -46,27 +75,27 @@ def micro_batch_loss(
         progress: share of the stage's steps already done.
         start: the start state of random-start models.
         recompute: recompute each loop in the backward pass.
-        share: this micro-batch's part of the step.
+        share: this micro-batch's part of the step, see `plan_step`.
+
+    Raises:
+        ConfigError: the objective needs an exit gate and the model has none.
     """
-    frozen = objective.trains == "gate"
     states: list[Tensor] = []
-    with torch.no_grad() if frozen else nullcontext():
+
+    def keep(loop: int, state: Tensor) -> None:
+        if objective.needs_hazards or loop in plan.loops_read:
+            states.append(state)
+
+    with torch.no_grad() if objective.trains == "gate" else nullcontext():
         context = model.encode(batch.tokens, documents=batch.documents)
-        unroll(
-            model,
-            context,
-            loops=plan.loops,
-            start=start,
-            backprop=plan.backprop,
-            checkpoint=recompute,
-            visit=_keep(states, plan, every=objective.needs_hazards),
-        )
+        unroll(model, context, loops=plan.loops, start=start, backprop=plan.backprop, checkpoint=recompute, visit=keep)
         hidden = [model.read(state, context) for state in states[-len(plan.loops_read) :]]
-    hazards = None
-    if objective.needs_hazards and model.gate is not None:
-        hazards = torch.stack([_hazard(model, state) for state in states])
     inputs = ObjectiveInputs(
-        plan=plan, mask=batch.mask, hazards=hazards, first_loop=batch.first_loop, progress=progress
+        plan=plan,
+        mask=batch.mask,
+        hazards=read_hazards(model, states) if objective.needs_hazards else None,
+        first_loop=batch.first_loop,
+        progress=progress,
     )
     loss = objective_loss(
         objective, inputs, hidden=hidden, head_weight=model.head_weight, targets=batch.targets, share=share
@@ -74,22 +103,17 @@ def micro_batch_loss(
     return MicroBatchResult(loss=loss, inputs=inputs)
 
 
-def _keep(states: list[Tensor], plan: LoopPlan, *, every: bool) -> Any:
-    def visit(loop: int, state: Tensor) -> None:
-        if every or loop in plan.loops_read:
-            states.append(state)
-
-    return visit
-
-
-def _hazard(model: LoopedLM, state: Tensor) -> Tensor:
-    hazard = model.hazard(state)
-    if hazard is None:
-        raise TypeError("hazards were asked of a model without a gate")
-    return hazard
+def read_hazards(model: LoopedLM, states: Sequence[Tensor]) -> Float[Tensor, "loops batch tokens"] | None:
+    """The gate's chance of stopping after each loop, never narrower than float32; None without a gate."""
+    if model.gate is None:
+        return None
+    with torch.autocast(states[0].device.type, enabled=False):
+        return torch.stack([hazard for state in states if (hazard := model.hazard(state)) is not None])
 
 
-def training_start(model: LoopedLM, batch: Batch, *, seed: int, step: int, micro: int) -> Tensor | None:
+def training_start(
+    model: LoopedLM, batch: Batch, *, seed: int, step: int, micro: int
+) -> Float[Tensor, "batch tokens width"] | None:
     """The start state of a random-start model: a function of (seed, step, micro-batch, row, position)."""
     if not model.facts.random_start:
         return None
@@ -99,7 +123,7 @@ def training_start(model: LoopedLM, batch: Batch, *, seed: int, step: int, micro
     return model.draw_start(positions, integer(seed, f"training start {step} {micro}"), samples)
 
 
-def autocast(device: str, dtype: str) -> AbstractContextManager[Any]:
+def autocast(device: str, dtype: Literal["float32", "bfloat16"]) -> AbstractContextManager[Any]:
     """The context in which a run computes.
 
     The cache of cast weights stays off: filled inside a no-gradient loop, it would be reused in the loops that need
@@ -110,10 +134,17 @@ def autocast(device: str, dtype: str) -> AbstractContextManager[Any]:
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, cache_enabled=False)
 
 
-def executed_flops(config: LoopedLMConfig, plan: LoopPlan, *, tokens: int, context: int, trains: str) -> float:
+def executed_flops(
+    config: LoopedLMConfig, plan: LoopPlan, *, tokens: int, context: int, trains: Literal["model", "gate"]
+) -> float:
     """Floating-point operations of one micro-batch: forward, and twice that where gradient flows.
 
     Recomputation is not counted: it is a cost of saving memory, not work that was asked for.
+
+    Args:
+        tokens: in the micro-batch.
+        context: tokens of one sequence.
+        trains: what the objective trains.
     """
     flops = count_flops(config, context=context // 2)
     if trains == "gate":
@@ -121,61 +152,3 @@ def executed_flops(config: LoopedLMConfig, plan: LoopPlan, *, tokens: int, conte
     with_gradient = plan.loops if plan.backprop is None else plan.backprop
     loops = plan.loops + 2 * with_gradient
     return float(tokens * (loops * flops.per_loop + 3 * len(plan.loops_read) * flops.fixed))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """How a model does on text it has not seen."""
-
-    losses: dict[int, float]
-    """Mean loss in nats per token, by loops."""
-    accuracies: dict[int, float]
-    """Share of targets that are the likeliest token, by loops."""
-    exits: list[float] | None
-    """Mean exit distribution p(1)..p(R); None without a gate."""
-    mean_exit: float | None
-    """Mean exit loop under the gate."""
-    correlation: float
-    """Mean cosine between states of different tokens after the last loop."""
-    norms: list[float]
-    """Root mean square of the states after each loop."""
-
-
-@torch.no_grad()
-def validate(model: LoopedLM, batches: list[Batch], loops: tuple[int, ...]) -> Validation:
-    """Read validation batches at several loop counts in one pass each. Tokens weigh the same everywhere."""
-    losses = torch.zeros(len(loops), dtype=torch.float64)
-    hits = torch.zeros(len(loops), dtype=torch.float64)
-    counts = torch.zeros(len(loops), dtype=torch.float64)
-    leaving = torch.zeros(max(loops), dtype=torch.float64)
-    correlations: list[float] = []
-    norms = torch.zeros(max(loops), dtype=torch.float64)
-    exit_sum, tokens = 0.0, 0
-    for batch in batches:
-        context: LMContext = model.encode(batch.tokens, documents=batch.documents)
-        states: list[Tensor] = []
-        unroll(model, context, loops=max(loops), visit=lambda loop, state, kept=states: kept.append(state))
-        for index, loop in enumerate(loops):
-            mask = batch.mask if batch.first_loop is None else batch.mask & (batch.first_loop <= loop)
-            hidden = model.read(states[loop - 1], context)
-            found = token_losses([hidden], model.head_weight, batch.targets, mask=mask)
-            losses[index] += found.losses.double().sum().cpu()
-            likeliest = torch.nn.functional.linear(hidden[mask], model.head_weight).argmax(-1)
-            hits[index] += (likeliest == batch.targets[mask]).double().sum().cpu()
-            counts[index] += mask.sum().cpu()
-        stacked = torch.stack(states)
-        norms += torch.tensor(state_norms(stacked), dtype=torch.float64)
-        correlations.append(token_correlation(states[-1], batch.mask))
-        if model.gate is not None:
-            shares = exit_distribution(torch.stack([_hazard(model, state) for state in states])) * batch.mask
-            leaving += shares.sum((1, 2)).double().cpu()
-            exit_sum += float((mean_exit_loop(shares)).sum())
-            tokens += int(batch.mask.sum())
-    return Validation(
-        losses={loop: float(losses[i] / counts[i].clamp_min(1)) for i, loop in enumerate(loops)},
-        accuracies={loop: float(hits[i] / counts[i].clamp_min(1)) for i, loop in enumerate(loops)},
-        exits=(leaving / max(tokens, 1)).tolist() if model.gate is not None else None,
-        mean_exit=exit_sum / max(tokens, 1) if model.gate is not None else None,
-        correlation=sum(correlations) / max(len(correlations), 1),
-        norms=(norms / max(len(batches), 1)).tolist(),
-    )
