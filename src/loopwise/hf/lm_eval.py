@@ -165,7 +165,13 @@ class LoopedEvalModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if not self.chat or self.tokenizer.chat_template is None:
             raise ConfigError("chat prompts need a tokenizer with a chat template, and LoopedEvalModel(..., chat=True)")
-        return render(self.tokenizer.chat_template, chat_history, generation_prompt=add_generation_prompt, variables={})
+        ids = {"bos_token": self.tokenizer.bos_id, "eos_token": self.tokenizer.eos_id}
+        return render(
+            self.tokenizer.chat_template,
+            chat_history,
+            generation_prompt=add_generation_prompt,
+            variables={name: self.tokenizer.pieces([index])[0] for name, index in ids.items() if index is not None},
+        )
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows: list[tuple[list[int], list[int]]] = []
