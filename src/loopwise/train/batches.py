@@ -1,7 +1,7 @@
 """What training reads: batches that are a function of (seed, step, micro-batch)."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -36,6 +36,7 @@ class Batch:
         )
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """An endless supply of batches; all methods are pure functions of the source and their arguments."""
 
