@@ -2,7 +2,8 @@
 
 The text is run once more, every token with every loop (teacher forcing), so hazards, losses and candidates are known
 beyond each token's exit too. What a token saw when it really left early may differ a little: under `last_exited` its
-predecessors had not run all their loops, and a coda read them where they had left. Trace rows describe the row that *emitted* token i, that is position i - 1.
+predecessors had not run all their loops, and a coda read them where they had left. Trace rows describe the row that
+*emitted* token i, that is position i - 1.
 """
 
 from collections.abc import Sequence

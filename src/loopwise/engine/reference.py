@@ -294,17 +294,38 @@ def generate(
     return done
 
 
-def _begin(model: LoopedLM, prompt: tuple[int, ...], sampling: Sampling, policy: str | None, sample: int) -> Generation:
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """Settings that this model can serve, with every default filled in."""
+
+    rule: ExitRule
+    policy: DensePolicy
+    max_loops: int
+
+
+def check_sampling(model: LoopedLM, sampling: Sampling, *, policy: str | None = None) -> Checked:
+    """See whether this model can serve these settings; nothing is run.
+
+    Raises:
+        ConfigError, InputError: as `generate` would.
+    """
     max_loops = sampling.max_loops or model.config.loops
     if sampling.min_loops > max_loops:
         raise ConfigError(f"min_loops={sampling.min_loops}: allowed is 1 to max_loops={max_loops}")
     if sampling.stop and model.tokenizer is None:
         raise InputError(f"stop={sampling.stop} is text, but this checkpoint has no tokenizer.json; leave it out")
-    rule = bind_rule(model, sampling.exit or f"fixed:{max_loops}", sequential=True)
-    chosen = check_policy(policy or ("last_exited" if sampling.exit else "per_loop"))
+    return Checked(
+        rule=bind_rule(model, sampling.exit or f"fixed:{max_loops}", sequential=True),
+        policy=check_policy(policy or ("last_exited" if sampling.exit else "per_loop")),
+        max_loops=max_loops,
+    )
+
+
+def _begin(model: LoopedLM, prompt: tuple[int, ...], sampling: Sampling, policy: str | None, sample: int) -> Generation:
+    checked = check_sampling(model, sampling, policy=policy)
     room = min(sampling.max_tokens, model.config.max_positions - len(prompt))
-    memory = DenseMemory(loops=max_loops, capacity=len(prompt) + room)
-    sequence = _Sequence(model, sampling, rule, chosen, max_loops, memory)
+    memory = DenseMemory(loops=checked.max_loops, capacity=len(prompt) + room)
+    sequence = _Sequence(model, sampling, checked.rule, checked.policy, checked.max_loops, memory)
     ends = () if sampling.ignore_eos or model.tokenizer is None else model.tokenizer.stop_ids
     return Generation(sequence, prompt, room=room, sample=sample, ends=ends)
 
