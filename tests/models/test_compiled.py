@@ -113,6 +113,17 @@ def test_random_depths_windows_and_shapes_take_few_graphs(
             model(draw(3, 9, seed=0), loops=13)
 
 
+def test_all_that_takes_no_gradient_shares_one_graph(graphs: CompileCounterWithBackend) -> None:
+    model = tiny("ouro", seed=1, core_layers=1)
+    model.compile_core()
+    tokens = draw(2, 6, seed=0)
+    unroll(model, model.encode(tokens), loops=4, backprop=1).state.sum().backward()
+    assert graphs.frame_count == 2
+    with torch.no_grad():
+        model(tokens, loops=3)
+    assert graphs.frame_count == 2
+
+
 def test_rows_that_leave_and_growing_memories_stay_eager(graphs: CompileCounterWithBackend) -> None:
     model = tiny("coda", seed=1)
     eager = copy.deepcopy(model)

@@ -8,12 +8,12 @@ from loopwise.nn.norms import RMSNorm
 
 
 def test_norm_statistics_are_float32_in_a_narrow_model() -> None:
-    x = torch.full((1, 4096), 3.0, dtype=torch.bfloat16)
-    x[0, 0] = 300.0
-    out = RMSNorm(4096, 1e-6).bfloat16()(x)
-    exact = x.double() / x.double().square().mean().sqrt()
+    x = torch.randn(16, 512, generator=torch.Generator().manual_seed(0)).bfloat16() * 7
+    out = RMSNorm(512, 1e-6).bfloat16()(x)
+    exact = x.double() / x.double().square().mean(-1, keepdim=True).sqrt()
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, exact.bfloat16(), rtol=0, atol=0)
+    # A scale rounded to bfloat16 first would be off by up to 0.4% in a whole row.
+    assert float((out == exact.bfloat16()).double().mean()) > 0.999
 
 
 def test_eps_stands_inside_the_root() -> None:
