@@ -32,7 +32,7 @@ class TalkConfig(Sampling):
 
     policy: Literal["per_loop", "last_exited"] | None = None
     """What becomes of a token that stopped early: last_exited (it runs no further loop: work is saved; the default
-    beside an exit rule) or per_loop (it runs on to fill its planes: the numbers of full training, no work saved)."""
+    beside an exit rule) or per_loop (it runs on to fill its planes: as it was trained, no work saved)."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     """Number type of the weights; none keeps the checkpoint's."""
     device: str = "cpu"
