@@ -50,9 +50,11 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
     config: LoopedPreTrainedConfig
 
     def __init__(self, config: LoopedPreTrainedConfig, model: LoopedLM | None = None) -> None:
-        """Args:
-        config: what to build.
-        model: the weights; None draws them anew from torch's default generator.
+        """A model of this configuration.
+
+        Args:
+            config: what to build.
+            model: the weights; None draws them anew from torch's default generator.
         """
         super().__init__(config)
         if model is None:
