@@ -124,6 +124,18 @@ def test_all_that_takes_no_gradient_shares_one_graph(graphs: CompileCounterWithB
     assert graphs.frame_count == 2
 
 
+def test_models_do_not_use_up_each_others_graphs(graphs: CompileCounterWithBackend) -> None:
+    tokens = draw(2, 6, seed=0)
+    for width in (8, 12, 16, 20, 24):
+        model = tiny("ouro", core_layers=1, width=width)
+        model.compile_core()
+        before = graphs.frame_count
+        for gradient in (True, False):
+            with torch.set_grad_enabled(gradient):
+                unroll(model, model.encode(tokens), loops=2)
+        assert graphs.frame_count == before + 2
+
+
 def test_rows_that_leave_and_growing_memories_stay_eager(graphs: CompileCounterWithBackend) -> None:
     model = tiny("coda", seed=1)
     eager = copy.deepcopy(model)

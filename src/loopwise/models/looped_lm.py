@@ -5,6 +5,7 @@ Axes: B batch, T tokens, R loops, D width, V vocabulary, N rows; "..." is (B, T)
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -122,7 +123,10 @@ class LoopedLM(LoopModel):
 
         Loop indices stay outside, so the number of loops never recompiles.
         """
-        self._compiled = torch.compile(LoopedLM._loop)
+        # torch.compile allows a few graphs per code object and then gives up without a word; with one code object for
+        # all, the second model of a process would already run out of them.
+        loop = LoopedLM._loop
+        self._compiled = torch.compile(FunctionType(loop.__code__.replace(), loop.__globals__, loop.__name__))
 
     def encode(
         self,
