@@ -7,7 +7,9 @@ import typer
 
 
 def command(
-    text: Annotated[str | None, typer.Option("--text", help="Learn from this file or folder instead of Python.")] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Learn from this file or folder instead of Python.")
+    ] = None,
     folder: Annotated[Path, typer.Option("--folder", help="Where the trained models go; emptied first.")] = Path(
         "runs/demo"
     ),
@@ -28,7 +30,5 @@ def command(
 
     options = DemoOptions(corpus=text or "python", folder=folder, page=page, seed=seed)
     if quick:
-        options = DemoOptions(
-            corpus=text or "python", folder=folder, page=page, seed=seed, hop_steps=20, text_steps=20
-        )
+        options = DemoOptions(corpus=text or "python", folder=folder, page=page, seed=seed, hop_steps=20, text_steps=20)
     tell(options, Console(highlight=False))

@@ -13,11 +13,12 @@ from rich.text import Text
 
 from loopwise.demo.hops import Staircase, chance, measure_staircase
 from loopwise.demo.language import LanguageReport, measure_language
-from loopwise.demo.shipped import load_shipped
 from loopwise.engine.record import record_trace
 from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
 from loopwise.errors import ConfigError
+from loopwise.hub.checkpoints import load
+from loopwise.hub.locate import SHIPPED
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.studio import page
 from loopwise.studio.terminal import print_tinted
@@ -82,7 +83,8 @@ def tell(options: DemoOptions, console: Console) -> None:
 
 
 def _show_shipped(console: Console) -> LoopTrace:
-    model = load_shipped()
+    # A CPU multiplies bfloat16, in which it is stored, slowly.
+    model = load(SHIPPED, dtype="float32")
     count = sum(parameter.numel() for parameter in model.parameters())
     _heading(
         console,
@@ -243,9 +245,7 @@ def verdict(report: LanguageReport) -> str:
 
 
 def _hop_config(options: DemoOptions) -> TrainConfig:
-    recipe = pointer_chasing(
-        PointerDials(steps=options.hop_steps, seed=options.seed, run=str(options.folder / "hops"))
-    )
+    recipe = pointer_chasing(PointerDials(steps=options.hop_steps, seed=options.seed, run=str(options.folder / "hops")))
     return replace(recipe.config, log_every=25, validate_every=10**6, checkpoint_every=10**6, validation_rows=64)
 
 

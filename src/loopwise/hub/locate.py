@@ -6,6 +6,9 @@ from typing import Any
 
 from loopwise.errors import CheckpointError, NotFoundError
 
+SHIPPED = "shipped"
+"""The name of the small trained checkpoint that comes with the package."""
+_SHIPPED_FOLDER = Path(__file__).parents[1] / "shipped"
 _SMALL = ("*.json", "*.jinja")
 _WEIGHTS = ("*.safetensors",)
 
@@ -13,8 +16,9 @@ _WEIGHTS = ("*.safetensors",)
 def locate(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a checkpoint.
 
-    A path that exists is used as it is, but of a training run's folder its `model`; `org/name` is fetched from the
-    hub into its cache (no network when `HF_HUB_OFFLINE=1`; pickled weights are never fetched).
+    A path that exists is used as it is, but of a training run's folder its `model`. `shipped` is the small checkpoint
+    of this package. `org/name` is fetched from the hub into its cache (no network when `HF_HUB_OFFLINE=1`; pickled
+    weights are never fetched).
 
     Args:
         weights: whether a hub id's weights are needed too, and not only its small files.
@@ -30,6 +34,8 @@ def locate(path_or_id: str | Path, *, weights: bool = True) -> Path:
     if folder.is_file():
         raise NotFoundError(f"{path_or_id} is a file; give the folder that holds config.json and *.safetensors")
     name = str(path_or_id)
+    if name == SHIPPED:
+        return _SHIPPED_FOLDER
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise NotFoundError(f"{name}: no such folder, and not a hub id of the form organisation/name")
     from huggingface_hub import snapshot_download

@@ -63,7 +63,7 @@ def continuation_labels(
 def calibration_loss(
     inputs: ObjectiveInputs, hazards: Float[Tensor, "loops batch tokens"], labels: ContinuationLabels
 ) -> Float[Tensor, ""]:
-    """Cross-entropy between going on and its label, summed over the judged gates, divided by R, averaged over tokens."""
+    """Cross-entropy between going on and its label: summed over judged gates, divided by R, averaged over tokens."""
     judged = hazards.masked_fill(~inputs.mask, 0.5)[labels.gates]
     surprise = continuation_cross_entropy(judged, labels.targets) * inputs.mask
     return surprise.sum() / inputs.plan.loops / inputs.mask.sum().clamp_min(1)

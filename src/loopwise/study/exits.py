@@ -72,7 +72,7 @@ class Depths:
 
     @property
     def mean_losses(self) -> Float[np.ndarray, " loops"]:
-        return self.losses.mean(1)
+        return np.asarray(self.losses.mean(1))
 
     def mixed(self, mean_loops: float) -> float:
         """The chord between the fixed depths on both sides of a mean."""
@@ -88,6 +88,7 @@ def measure_depths(model: LoopedLM, samples: Sequence[Sample], *, max_loops: int
     for sample in samples:
         context = model.encode(sample.tokens, documents=sample.documents)
         out = unroll(model, context, loops=most, collect=("states", "signals"))
+        assert out.states is not None
         rows = [_read(model.readout(state, context), sample) for state in out.states]
         losses.append(torch.stack([row[0] for row in rows]))
         right.append(torch.stack([row[1] for row in rows]))
@@ -174,7 +175,7 @@ def rank_correlation(first: Float[np.ndarray, " units"], second: Float[np.ndarra
     ranks = [_ranks(np.asarray(values, dtype=float)) for values in (first, second)]
     if any(rank.std() == 0 for rank in ranks):
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: Float[np.ndarray, " units"]) -> Float[np.ndarray, " units"]:

@@ -35,6 +35,4 @@ def compare_speed(
             loops[name] = sum(used) / len(used)
             if turn:
                 rates[name].append(len(used) / seconds)
-    return {
-        name: Speed(tokens_per_second=statistics.median(rates[name]), mean_loops=loops[name]) for name in sides
-    }
+    return {name: Speed(tokens_per_second=statistics.median(rates[name]), mean_loops=loops[name]) for name in sides}

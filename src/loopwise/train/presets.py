@@ -101,7 +101,7 @@ class PointerDials:
     """Entries of the successor table."""
     width: int = 64
     """Features of the state."""
-    steps: int = 3000
+    steps: int = 2500
     """Optimiser steps, all stages together."""
     rows: int = 32
     """Tables per step."""
@@ -291,9 +291,7 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
         trained_loops=(1, dials.loops),
         anytime=True,
         max_positions=max(256, PointerChasing(task).length),
-        norm="pre_branch",
-        loop_norm=True,
-        final_norm=False,
+        norm="pre",
         tied_head=True,
         gate=True,
     )
@@ -334,8 +332,9 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
             Choice(
                 name="tied_head",
                 value=True,
-                reason="an answer is written as the next lookup reads it: two hops come free",
+                reason="an answer is written just as the next lookup reads it, so a second hop comes nearly free",
             ),
+            Choice(name="norm", value="pre", reason="edges stay what they are from loop to loop"),
             Choice(name="first_loop", value="k", reason="a k-hop question is asked from loop k on"),
             Choice(name="rule", value="best-later", reason="a hop pays off only when the last one is done"),
         ],
