@@ -221,3 +221,24 @@ class TestInitialise:
             (model.head.weight, std),
         ):
             assert abs(float(weight.detach().std()) / size - 1) < 0.05
+
+
+def test_autocast_leaves_the_hazard_in_float32() -> None:
+    config = LoopedLMConfig(
+        vocab_size=11,
+        width=16,
+        heads=2,
+        kv_heads=2,
+        head_width=8,
+        mlp_width=16,
+        core_layers=1,
+        loops=2,
+        trained_loops=(1, 2),
+        max_positions=8,
+        gate=True,
+    )
+    model = LoopedLM(config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hazard = model.hazard(torch.randn(2, 3, 16))
+    assert hazard is not None
+    assert hazard.dtype == torch.float32

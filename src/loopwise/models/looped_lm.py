@@ -257,7 +257,10 @@ class LoopedLM(LoopModel):
             return None
         seen = state if self.config.loop_norm else self.norm(state)
         wide = torch.promote_types(seen.dtype, torch.float32)
-        return torch.sigmoid(F.linear(seen.to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide))).squeeze(-1)
+        # Autocast would take the product back to bfloat16, whose steps near 1 are coarser than thresholds.
+        with torch.autocast(seen.device.type, enabled=False):
+            logit = F.linear(seen.to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide))
+        return torch.sigmoid(logit).squeeze(-1)
 
     def signal(self, state: Tensor, prediction: Tensor | None) -> Tensor | None:
         return self.hazard(state)
