@@ -353,6 +353,18 @@ class TestGradients:
             )
             assert early is None or not early.any()
 
+    @pytest.mark.parametrize("shape", ["ouro", "huginn"])
+    def test_a_window_under_autocast_reaches_every_weight(self, shape: str) -> None:
+        model = tiny(shape, seed=4).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cached = gradients(model, loops=4, backprop=1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            plain = gradients(model, loops=4, backprop=1)
+        assert cached.keys() == plain.keys() >= {name for name, _ in model.core.named_parameters(prefix="core")}
+        for name, gradient in plain.items():
+            assert gradient.any(), name
+            torch.testing.assert_close(cached[name], gradient, rtol=0, atol=0)
+
     def test_no_grad_outside_stays_no_grad(self) -> None:
         model = tiny("ouro")
         with torch.no_grad():

@@ -132,6 +132,14 @@ class TestGate:
         expected = torch.sigmoid(out.loop_states.float() @ model.gate.weight.float()[0] + model.gate.bias.float())
         torch.testing.assert_close(out.loop_signals, expected, rtol=1e-6, atol=1e-6)
 
+    def test_autocast_does_not_narrow_it(self) -> None:
+        model = tiny("ouro").float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(TOKENS, loops=3, collect=("signals", "states"))
+        assert out.logits.dtype == torch.bfloat16
+        assert out.loop_signals.dtype == torch.float32
+        assert torch.equal(out.loop_signals, model.hazard(out.loop_states))
+
     def test_float64_stays_float64(self) -> None:
         assert tiny("ouro")(TOKENS, loops=1, collect=("signals",)).loop_signals.dtype == torch.float64
 
