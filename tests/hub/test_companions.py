@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from loopwise.errors import CheckpointError
 from loopwise.hub.checkpoints import inspect, load, save
@@ -18,6 +19,10 @@ def talking(copy: Any) -> Any:
     """An Ouro with a tokenizer whose files are as wrong about special ids as the published ones."""
     folder = copy("ouro-tiny")
     Tokenizer.train(["the cat sat on the mat, and the dog sat on the log; " * 3], 300).save(folder.path)
+    file = str(folder.path / "tokenizer.json")
+    vocabulary = tokenizers.Tokenizer.from_file(file)
+    vocabulary.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    vocabulary.save(file)
     settings = json.loads((folder.path / "tokenizer_config.json").read_text())
     (folder.path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 77}))
     (folder.path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "bos_token_id": 0}))
@@ -51,6 +56,14 @@ def test_ouro_ids_and_chat_template_are_mended(talking: Any, monkeypatch: pytest
     answered = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
     chat = tokenizer.decode(tokenizer.chat(answered, generation_prompt=False), skip_special=False)
     assert chat == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat<|im_end|>\n"
+
+
+def test_a_vocabulary_without_its_marks_gets_no_template(copy: Any) -> None:
+    folder = copy("ouro-tiny")
+    Tokenizer.bytes().save(folder.path)
+    tokenizer = load(folder.path).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.chat_template is None
 
 
 def test_a_template_of_its_own_stays(talking: Any, tmp_path: Path) -> None:

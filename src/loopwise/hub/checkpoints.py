@@ -76,7 +76,8 @@ def load_tokenizer(folder: Path, family: Family, raw: Mapping[str, Any]) -> Toke
         eos = next(iter(special.eos), None)
         tokenizer = Tokenizer.load(folder, bos_id=special.bos, eos_id=eos, pad_id=special.pad)
         tokenizer.special = replace(tokenizer.special, stop=special.eos)
-    if tokenizer.chat_template is None:
+    # A base model trained from scratch in the family's format has no special tokens for its template's marks.
+    if tokenizer.chat_template is None and all(map(tokenizer.names_special, family.chat_marks)):
         tokenizer.chat_template = family.chat_template
     return tokenizer
 

@@ -64,6 +64,8 @@ class Family(Protocol):
     """What `loopwise info` and `loopwise convert` call it."""
     chat_template: str | None
     """For checkpoints that bring none; None when the family has no convention."""
+    chat_marks: tuple[str, ...]
+    """Special tokens that this template writes; it is of no use to a vocabulary without them."""
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
         """Whether this config.json is of the family."""

@@ -29,6 +29,7 @@ class Huginn:
 
     name = "huginn_raven"
     chat_template: str | None = None
+    chat_marks: tuple[str, ...] = ()
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
         return raw.get("model_type") == "huginn_raven"

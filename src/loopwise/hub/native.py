@@ -21,6 +21,7 @@ class Native:
 
     name = "loopwise"
     chat_template: str | None = None
+    chat_marks: tuple[str, ...] = ()
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
         return raw.get("model_type") == "loopwise"

@@ -26,6 +26,7 @@ class Ouro:
 
     name = "ouro"
     chat_template: str | None = _CHATML
+    chat_marks: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")
 
     def reads(self, raw: Mapping[str, Any]) -> bool:
         return raw.get("model_type") == "ouro"

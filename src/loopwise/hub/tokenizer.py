@@ -251,6 +251,10 @@ class Tokenizer:
         """Whether `index` is a special token, which decoded text leaves out."""
         return index in self._special
 
+    def names_special(self, text: str) -> bool:
+        """Whether `text` is the name of a special token."""
+        return text in self._special.values()
+
     def token_bytes(self, index: int) -> builtins.bytes:
         """The bytes that token `index` writes; a special token's are its name, a token-less id's are U+FFFD.
 

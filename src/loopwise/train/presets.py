@@ -298,7 +298,7 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
     stages = [
         StageConfig(
             name="hops",
-            objective=f"every:loops={dials.loops}" + (",gate=0.1" if dials.loops > 1 else ""),
+            objective=f"every:loops={dials.loops}" + (",gate=0.5" if dials.loops > 1 else ""),
             steps=first,
             rows=dials.rows,
             learning_rate=3e-3,
