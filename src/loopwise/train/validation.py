@@ -126,5 +126,5 @@ class _Read:
         self.tokens += targets.numel()
 
 
-def _mean(total: float, count: int) -> float:
+def _mean(total: int | float, count: int) -> float:
     return total / count if count else math.nan
