@@ -1,6 +1,7 @@
 """Runs small enough to be trained dozens of times."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from loopwise.tasks.pointer_chasing import PointerChasingConfig
 from loopwise.train import run
 from loopwise.train.config import StageConfig, TrainConfig
 from loopwise.train.ema import EmaConfig
+from loopwise.train.metrics import read_metrics
 from loopwise.train.optimizers import OptimizerConfig
 from loopwise.train.progress import Progress, Status
 
@@ -148,6 +150,42 @@ def tiny_run(quick_machine: None, tmp_path: Path, corpus: Path) -> Callable[...,
         return make_config(recipe, tmp_path / folder, corpus, **settings)
 
     return make
+
+
+def metrics_of(folder: str | Path) -> list[dict[str, Any]]:
+    """All lines without what hangs on the clock."""
+    return [
+        {key: line[key] for key in line if key != "timing"} for line in read_metrics(Path(folder) / "metrics.jsonl")
+    ]
+
+
+def state_of(folder: str | Path) -> dict[str, bytes]:
+    """Every byte that a run leaves, but for its own name and the clock."""
+    root = Path(folder)
+    kept = {str(path.relative_to(root)): path.read_bytes() for path in root.glob("checkpoints/*/*")}
+    kept |= {str(path.relative_to(root)): path.read_bytes() for path in root.glob("model/*")}
+    return kept | {"metrics": json.dumps(metrics_of(root)).encode()}
+
+
+def assert_same_run(found: str | Path, expected: str | Path) -> None:
+    ours, theirs = state_of(found), state_of(expected)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+@pytest.fixture(name="metrics_of")
+def _metrics_of() -> Callable[[str | Path], list[dict[str, Any]]]:
+    return metrics_of
+
+
+@pytest.fixture(name="state_of")
+def _state_of() -> Callable[[str | Path], dict[str, bytes]]:
+    return state_of
+
+
+@pytest.fixture(name="assert_same_run")
+def _assert_same_run() -> Callable[[str | Path, str | Path], None]:
+    return assert_same_run
 
 
 @pytest.fixture

@@ -25,29 +25,10 @@ Make = Callable[..., TrainConfig]
 RECIPES = ("two stages of Ouro", "random depth by Muon", "pointer chasing")
 
 
-def metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """All lines without what hangs on the clock."""
-    return [
-        {key: line[key] for key in line if key != "timing"} for line in read_metrics(Path(folder) / "metrics.jsonl")
-    ]
-
-
-def state_of(folder: str | Path) -> dict[str, bytes]:
-    """Every byte that a run leaves, but for its own name and the clock."""
-    root = Path(folder)
-    kept = {str(path.relative_to(root)): path.read_bytes() for path in root.glob("checkpoints/*/*")}
-    kept |= {str(path.relative_to(root)): path.read_bytes() for path in root.glob("model/*")}
-    return kept | {"metrics": json.dumps(metrics(root)).encode()}
-
-
-def assert_same_run(found: str | Path, expected: str | Path) -> None:
-    ours, theirs = state_of(found), state_of(expected)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_that_dies_again_and_again_ends_in_the_same_bits(recipe: str, tiny_run: Make, watch: Any) -> None:
+def test_a_run_that_dies_again_and_again_ends_in_the_same_bits(
+    recipe: str, tiny_run: Make, watch: Any, metrics_of: Any, assert_same_run: Any
+) -> None:
     undisturbed, broken = tiny_run(recipe, "undisturbed"), tiny_run(recipe, "broken")
     train(undisturbed, progress=watch())
     for step in range(1, undisturbed.steps + 1):
@@ -55,7 +36,7 @@ def test_a_run_that_dies_again_and_again_ends_in_the_same_bits(recipe: str, tiny
             train(broken, progress=watch(die_at=step))
     train(broken, progress=watch())
     assert_same_run(broken.run, undisturbed.run)
-    assert len(metrics(broken.run)) > undisturbed.steps
+    assert len(metrics_of(broken.run)) > undisturbed.steps
 
 
 def test_what_was_averaged_is_what_the_gate_learns_beside(tiny_run: Make, watch: Any) -> None:
@@ -86,7 +67,7 @@ def test_the_averaged_weights_are_validated_and_saved(tiny_run: Make, watch: Any
     )
 
 
-def test_a_finished_run_typed_again_changes_nothing(tiny_run: Make, watch: Any) -> None:
+def test_a_finished_run_typed_again_changes_nothing(tiny_run: Make, watch: Any, state_of: Any) -> None:
     config = tiny_run()
     first = train(config, progress=watch())
     kept = state_of(config.run)
@@ -95,14 +76,14 @@ def test_a_finished_run_typed_again_changes_nothing(tiny_run: Make, watch: Any) 
     assert again.validation == first.validation
 
 
-def test_another_seed_is_another_run(tiny_run: Make, watch: Any) -> None:
+def test_another_seed_is_another_run(tiny_run: Make, watch: Any, metrics_of: Any) -> None:
     for seed in (0, 1):
         train(tiny_run("random depth by Muon", f"seed {seed}", seed=seed), progress=watch())
     first, second = (tiny_run("random depth by Muon", f"seed {seed}").run for seed in (0, 1))
-    assert metrics(first)[0] != metrics(second)[0]
+    assert metrics_of(first)[0] != metrics_of(second)[0]
 
 
-def test_ctrl_c_waits_for_the_step_and_loses_nothing(tiny_run: Make, watch: Any) -> None:
+def test_ctrl_c_waits_for_the_step_and_loses_nothing(tiny_run: Make, watch: Any, metrics_of: Any) -> None:
     undisturbed, stopped = tiny_run(folder="undisturbed"), tiny_run(folder="stopped")
     train(undisturbed, progress=watch())
     handler = signal.getsignal(signal.SIGINT)
@@ -119,7 +100,7 @@ def test_ctrl_c_waits_for_the_step_and_loses_nothing(tiny_run: Make, watch: Any)
         assert seen.notes[-1] == f"stopped at step {step}; type the same command again to go on"
         assert signal.getsignal(signal.SIGINT) is handler
     train(stopped, progress=watch())
-    assert metrics(stopped.run) == metrics(undisturbed.run)
+    assert metrics_of(stopped.run) == metrics_of(undisturbed.run)
     last = "checkpoints/step-00000010/state.safetensors"
     assert (Path(stopped.run) / last).read_bytes() == (Path(undisturbed.run) / last).read_bytes()
 
@@ -154,7 +135,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> set[int]:
 
 
 def test_a_step_without_finite_gradients_changes_no_weight_and_the_run_goes_on(
-    tiny_run: Make, watch: Any, poisoned: set[int]
+    tiny_run: Make, watch: Any, poisoned: set[int], metrics_of: Any
 ) -> None:
     poisoned.update({3, 6})
     stages = tuple(replace(stage, micro_batches=1, steps=4) for stage in tiny_run().stages[:2])
@@ -166,23 +147,25 @@ def test_a_step_without_finite_gradients_changes_no_weight_and_the_run_goes_on(
     for step in range(2, 9):
         same = all(torch.equal(states[step][name], states[step - 1][name]) for name in states[step - 1])
         assert same == (step in poisoned)
-    lines = {line["step"]: line for line in metrics(config.run) if "skipped" in line}
+    lines = {line["step"]: line for line in metrics_of(config.run) if "skipped" in line}
     assert [lines[step]["skipped"] for step in range(1, 9)] == [0, 0, 1, 1, 1, 2, 2, 2]
     assert lines[3]["gradient_norm"] != lines[3]["gradient_norm"]
     assert seen.statuses[-1].skipped == 2
-    warnings = [line for line in metrics(config.run) if line.get("warning") == "skipped"]
+    warnings = [line for line in metrics_of(config.run) if line.get("warning") == "skipped"]
     assert [line["step"] for line in warnings] == [3]
     assert "smaller learning_rate" in warnings[0]["message"]
 
 
-def test_skipped_steps_are_counted_across_a_kill(tiny_run: Make, watch: Any, poisoned: set[int]) -> None:
+def test_skipped_steps_are_counted_across_a_kill(
+    tiny_run: Make, watch: Any, poisoned: set[int], metrics_of: Any
+) -> None:
     poisoned.add(1)
     stages = tuple(replace(stage, micro_batches=1) for stage in tiny_run().stages)
     config = tiny_run(stages=stages)
     with pytest.raises(watch.killed):
         train(config, progress=watch(die_at=5))
     train(config, progress=watch())
-    assert [line["skipped"] for line in metrics(config.run) if "skipped" in line] == [1] * 10
+    assert [line["skipped"] for line in metrics_of(config.run) if "skipped" in line] == [1] * 10
 
 
 def planted(tiny_run: Make, watch: Any, change: Callable[[Any], None], recipe: str) -> TrainConfig:
@@ -230,23 +213,23 @@ def same_tokens(model: Any) -> None:
     ],
 )
 def test_guards_see_planted_failures_and_name_the_cure_once_per_cooldown(
-    change: Callable[[Any], None], name: str, cure: str, tiny_run: Make, watch: Any
+    change: Callable[[Any], None], name: str, cure: str, tiny_run: Make, watch: Any, metrics_of: Any
 ) -> None:
     config = planted(tiny_run, watch, change, "two stages of Ouro")
     seen = watch(die_at=5)
     with pytest.raises(watch.killed):
         train(config, progress=seen)
     train(config, progress=watch())
-    spoken = [line for line in metrics(config.run) if line.get("warning") == name]
+    spoken = [line for line in metrics_of(config.run) if line.get("warning") == name]
     assert [line["step"] for line in spoken] == [2, 6]
     assert cure in spoken[0]["message"]
     assert f"warning: {spoken[0]['message']}" in seen.notes
 
 
-def test_a_healthy_model_is_left_in_peace(tiny_run: Make, watch: Any) -> None:
+def test_a_healthy_model_is_left_in_peace(tiny_run: Make, watch: Any, metrics_of: Any) -> None:
     config = planted(tiny_run, watch, lambda model: None, "two stages of Ouro")
     train(config, progress=watch())
-    assert {line["warning"] for line in metrics(config.run) if "warning" in line} <= {"loop_gain"}
+    assert {line["warning"] for line in metrics_of(config.run) if "warning" in line} <= {"loop_gain"}
 
 
 def test_stage_two_alone_moves_the_gate_of_an_ouro_and_nothing_else(tiny_run: Make, watch: Any, ouro: Path) -> None:
@@ -288,7 +271,7 @@ def test_new_depths_are_stated_in_the_saved_model(tiny_run: Make, watch: Any) ->
 
 
 def test_bfloat16_trains_and_keeps_wide_gates_and_weights(
-    tiny_run: Make, watch: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Make, watch: Any, monkeypatch: pytest.MonkeyPatch, metrics_of: Any
 ) -> None:
     seen: list[torch.dtype] = []
     honest = run.micro_batch_loss
@@ -304,19 +287,19 @@ def test_bfloat16_trains_and_keeps_wide_gates_and_weights(
     result = train(narrow, progress=watch())
     assert set(seen) == {torch.float32}
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
-    first, other = metrics(wide.run)[0], metrics(narrow.run)[0]
+    first, other = metrics_of(wide.run)[0], metrics_of(narrow.run)[0]
     assert first["loss_total"] != other["loss_total"]
     assert first["loss_total"] == pytest.approx(other["loss_total"], rel=1e-2)
 
 
-def test_curves_go_to_tensorboard(tiny_run: Make, watch: Any) -> None:
+def test_curves_go_to_tensorboard(tiny_run: Make, watch: Any, metrics_of: Any) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tiny_run(trackers=("tensorboard",))
     train(config, progress=watch())
     events = EventAccumulator(str(Path(config.run) / "tensorboard"))
     events.Reload()
-    lines = [line for line in metrics(config.run) if "loss_loop_2" in line]
+    lines = [line for line in metrics_of(config.run) if "loss_loop_2" in line]
     drawn = {event.step: event.value for event in events.Scalars("loss_loop_2")}
     assert drawn == pytest.approx({line["step"]: line["loss_loop_2"] for line in lines}, rel=1e-6)
     assert "timing/tokens_per_second" in events.Tags()["scalars"]
@@ -339,11 +322,11 @@ def test_the_progress_line_says_how_the_run_does(tiny_run: Make, watch: Any) -> 
         assert status.learning_rate == line["learning_rate"]
 
 
-def test_with_random_depth_each_loss_is_shown_with_its_loops(tiny_run: Make, watch: Any) -> None:
+def test_with_random_depth_each_loss_is_shown_with_its_loops(tiny_run: Make, watch: Any, metrics_of: Any) -> None:
     config = tiny_run("random depth by Muon")
     seen = watch()
     train(config, progress=seen)
-    lines = {line["step"]: line for line in metrics(config.run) if "learning_rate" in line}
+    lines = {line["step"]: line for line in metrics_of(config.run) if "learning_rate" in line}
     objective = config.stages[0].learns()
     for status in seen.statuses[:4]:
         drawn = [objective.plan(seed=0, step=status.step - 1, micro=micro).loops for micro in range(2)]
@@ -352,7 +335,7 @@ def test_with_random_depth_each_loss_is_shown_with_its_loops(tiny_run: Make, wat
     assert any(len(status.loops or ()) == 2 for status in seen.statuses)
 
 
-def test_a_run_that_was_moved_goes_on(tiny_run: Make, watch: Any) -> None:
+def test_a_run_that_was_moved_goes_on(tiny_run: Make, watch: Any, assert_same_run: Any) -> None:
     config = tiny_run()
     with pytest.raises(watch.killed):
         train(config, progress=watch(die_at=5))

@@ -111,6 +111,11 @@ class PointerDials:
     """The run folder; none: runs/PRESET."""
 
     def __post_init__(self) -> None:
+        for name in ("loops", "rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; allowed is 1 or more")
+        if self.loops >= self.nodes:
+            raise ConfigError(f"loops={self.loops} with nodes={self.nodes}; allowed are 1 to {self.nodes - 1} loops")
         if self.width < 32 or self.width % 16:
             raise ConfigError(f"width={self.width}; allowed are multiples of 16 from 32")
         if self.steps < 20:
@@ -309,7 +314,7 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
         stages.append(
             StageConfig(
                 name="gate",
-                objective=f"calibrate:loops={dials.loops},rule=best-later",
+                objective=f"calibrate:loops={dials.loops},rule=best-later,gamma=0.1",
                 steps=calibration,
                 rows=dials.rows,
                 learning_rate=3e-2,
@@ -337,6 +342,7 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
             Choice(name="norm", value="pre", reason="edges stay what they are from loop to loop"),
             Choice(name="first_loop", value="k", reason="a k-hop question is asked from loop k on"),
             Choice(name="rule", value="best-later", reason="a hop pays off only when the last one is done"),
+            Choice(name="gamma", value=0.1, reason="an answer comes all at once: a loop that gains less is not worth it"),
         ],
     )
 
