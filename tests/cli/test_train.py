@@ -292,7 +292,11 @@ def stages(**changes: Any) -> dict[str, Any]:
 MISTAKES: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "missing corpus": ([], {"corpus": "nowhere.txt"}, "there is no corpus 'nowhere.txt'; give python, a folder"),
     "empty corpus": ([], {"corpus": "EMPTY"}, "holds no text"),
-    "small corpus": ([], {"corpus": "SMALL"}, "too few for one row of 12"),
+    "small corpus": (
+        [],
+        {"corpus": "SMALL"},
+        "stage one: the corpus makes 6 tokens, too few for one row of context=12",
+    ),
     "unknown setting": (["validate_evry=3"], {}, "unknown key validate_evry; did you mean validate_every"),
     "unknown nested setting": (["optimizer.nme=muon"], {}, "unknown key optimizer.nme; did you mean optimizer.name"),
     "wrong type": (["log_every=often"], {}, "log_every: expected integer"),

@@ -228,9 +228,11 @@ class LoopedLM(LoopModel):
         # without a word, for training too.
         if self._compiled is None or not isinstance(plane, CausalMemory):
             return self._loop(state, injected, context.rotary, plane)
+        # The compiler looks at requires_grad, and each combination would be one more graph.
         if not torch.is_grad_enabled():
-            # The compiler looks at requires_grad even here, and each combination would be one more graph.
             state, injected = state.detach(), injected.detach()
+        elif not state.requires_grad:
+            state = state.detach().requires_grad_()
         return self._compiled(self, state, injected, context.rotary, plane)
 
     def _loop(self, state: Tensor, injected: Tensor, rotary: Rotary, plane: Plane) -> Tensor:

@@ -342,7 +342,9 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
             Choice(name="norm", value="pre", reason="edges stay what they are from loop to loop"),
             Choice(name="first_loop", value="k", reason="a k-hop question is asked from loop k on"),
             Choice(name="rule", value="best-later", reason="a hop pays off only when the last one is done"),
-            Choice(name="gamma", value=0.1, reason="an answer comes all at once: a loop that gains less is not worth it"),
+            Choice(
+                name="gamma", value=0.1, reason="an answer comes all at once: a loop that gains less is not worth it"
+            ),
         ],
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from loopwise.errors import ConfigError
+from loopwise.errors import ConfigError, InputError
 from loopwise.hub.checkpoints import FAMILIES, inspect, load
 from loopwise.hub.family import Origin
 from loopwise.hub.tokenizer import Tokenizer
@@ -90,8 +90,12 @@ def build_data(config: TrainConfig, *, cache: Path) -> Data:
         train=token_store(corpus, tokenizer, cache, part="train"),
         validation=token_store(corpus, tokenizer, cache, part="validation"),
     )
-    # Every stage opens its source here, so that a corpus too small for the last one is refused before the first.
-    data.identity()
+    for stage in config.stages:
+        if stage.context is not None and data.train is not None and data.train.facts.tokens <= stage.context:
+            raise InputError(
+                f"stage {stage.name}: the corpus makes {data.train.facts.tokens} tokens, too few for one row of "
+                f"context={stage.context} and its last target; give a shorter context, or more text"
+            )
     return data
 
 
