@@ -2,7 +2,10 @@
 
 import json
 import os
+import platform
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -361,3 +364,27 @@ def test_memory_is_kept_on_a_cpu(tiny_run: Make, watch: Any, monkeypatch: pytest
     monkeypatch.setattr(run, "keep_freed_memory", lambda: asked.append(True))
     train(tiny_run(), progress=watch())
     assert asked == [True]
+
+
+FAULTS = """
+import resource
+import torch
+from loopwise.train.machine import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.empty(64 * 2**18).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+returned = faults()
+print(keep_freed_memory(), returned, (faults(), faults())[1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory when asked")
+def test_kept_memory_is_used_again_without_a_page_fault() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    made, returned, kept = done.stdout.split()
+    assert made == "True"
+    assert int(kept) < int(returned) / 100
