@@ -23,7 +23,7 @@ def test_the_gate_is_taught_to_go_on_while_a_later_loop_is_better() -> None:
     # Token 0 gains 1.5 nats at loop 3 from either gate; token 2 only loses by going on: -0.1 from both gates.
     expected = 0.0
     for loop, token, gain in ((0, 0, 1.5), (1, 0, 1.5), (0, 2, -0.1), (1, 2, -0.1)):
-        label = torch.sigmoid(torch.tensor(50 * (gain - 0.005), dtype=torch.float64))
+        label = torch.sigmoid(torch.tensor(50 * (gain - 0.1), dtype=torch.float64))
         stop = hazards[loop, 0, token]
         expected -= label * torch.log(1 - stop) + (1 - label) * torch.log(stop)
     torch.testing.assert_close(found, 0.5 * expected / 3 / 2)

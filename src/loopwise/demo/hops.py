@@ -32,13 +32,15 @@ def measure_staircase(model: LoopedLM, batches: list[Batch], *, rule: str) -> St
 
     Args:
         batches: validation questions; `first_loop` holds the hops.
-        rule: the exit rule; stopped questions leave the computation.
+        rule: the exit rule of the answers; the table and the questions run every loop, as prompts do.
     """
     hops = torch.cat([_hops(batch) for batch in batches]).numpy()
     depths = measure_depths(model, batches)
     kinds = range(1, int(hops.max()) + 1)
     accuracy = np.array([[right[hops == k].mean() for k in kinds] for right in depths.right])
-    point = measure_exit(model, batches, rule, depths)
+    # A prompt runs every loop, whatever the rule; only what is answered stops early. Here the whole row is prompt but
+    # for the answers, so keys and values are those of every loop.
+    point = measure_exit(model, batches, rule, depths, policy="per_loop")
     return Staircase(
         accuracy=accuracy,
         loops_used=np.array([point.loops[hops == k].mean() for k in kinds]),

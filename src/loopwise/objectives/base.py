@@ -90,6 +90,7 @@ class Objective(ABC):
     trains: ClassVar[Literal["model", "gate"]] = "model"
     """Whether everything learns, or the exit gate alone beside a frozen language model."""
     reads: ClassVar[Literal["last", "all"]] = "last"
+
     def __post_init__(self) -> None:
         self.plan(seed=0, step=0, micro=0)
 

@@ -29,6 +29,9 @@ class EveryLoop(Objective):
     """The last so many loops carry gradient; none: all of them."""
     gate: float = 0.0
     """Weight of the gate's cross-entropy; 0: the gate is not taught."""
+    gamma: float = 0.1
+    """Nats that going on must gain to be worth it. Larger than stage II's 0.005: where an answer comes all at once, a
+    loop that gains nothing should teach the gate to stop, not to toss a coin."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,5 +50,5 @@ class EveryLoop(Objective):
     def gate_loss(self, inputs: ObjectiveInputs, losses: Float[Tensor, "loops batch tokens"]) -> Float[Tensor, ""]:
         if not self.gate:
             return super().gate_loss(inputs, losses)
-        labels = continuation_labels(losses, rule="best-later")
+        labels = continuation_labels(losses, rule="best-later", gamma=self.gamma)
         return self.gate * calibration_loss(inputs, self.hazards(inputs), labels)

@@ -101,7 +101,7 @@ class PointerDials:
     """Entries of the successor table."""
     width: int = 64
     """Features of the state."""
-    steps: int = 2500
+    steps: int = 2800
     """Optimiser steps, all stages together."""
     rows: int = 32
     """Tables per step."""
@@ -282,7 +282,7 @@ def calibrate(dials: CalibrateDials) -> Recipe:
 def pointer_chasing(dials: PointerDials) -> Recipe:
     """k-hop questions: with a loss at loop r only for questions of at most r hops, each loop learns one hop."""
     task = PointerChasingConfig(nodes=dials.nodes, max_hops=dials.loops)
-    calibration = max(10, dials.steps // 10) if dials.loops > 1 else 0
+    calibration = max(10, dials.steps // 7) if dials.loops > 1 else 0
     first = dials.steps - calibration
     model = LoopedLMConfig(
         vocab_size=UNKNOWN_VOCABULARY,
@@ -303,7 +303,7 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
     stages = [
         StageConfig(
             name="hops",
-            objective=f"every:loops={dials.loops}" + (",gate=0.5" if dials.loops > 1 else ""),
+            objective=f"every:loops={dials.loops}" + (",gate=0.1,gamma=0.005" if dials.loops > 1 else ""),
             steps=first,
             rows=dials.rows,
             learning_rate=3e-3,
@@ -314,10 +314,10 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
         stages.append(
             StageConfig(
                 name="gate",
-                objective=f"calibrate:loops={dials.loops},rule=best-later,gamma=0.1",
+                objective=f"every:loops={dials.loops},gate=1",
                 steps=calibration,
                 rows=dials.rows,
-                learning_rate=3e-2,
+                learning_rate=1e-3,
                 schedule=ScheduleConfig(warmup=max(1, calibration // 10), decay=calibration // 2),
             )
         )
@@ -341,9 +341,8 @@ def pointer_chasing(dials: PointerDials) -> Recipe:
             ),
             Choice(name="norm", value="pre", reason="edges stay what they are from loop to loop"),
             Choice(name="first_loop", value="k", reason="a k-hop question is asked from loop k on"),
-            Choice(name="rule", value="best-later", reason="a hop pays off only when the last one is done"),
             Choice(
-                name="gamma", value=0.1, reason="an answer comes all at once: a loop that gains less is not worth it"
+                name="gate", value=calibration, reason="the last steps sharpen it: stop once no later loop is better"
             ),
         ],
     )
