@@ -34,6 +34,8 @@ from loopwise.train.setup import build_data
 
 PASSAGE = 160
 """Tokens of held-out text that are shown."""
+HOP_RULE = "hazard:0.5"
+"""The exit rule of pointer chasing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class DemoOptions:
     page: Path = Path("loopwise-demo.html")
     """The page that it ends with."""
     seed: int = 0
-    hop_steps: int = 2500
+    hop_steps: int = 2800
     """Steps of pointer chasing."""
     text_steps: int = 300
     """Steps of the language model."""
@@ -111,7 +113,7 @@ def _show_shipped(console: Console) -> LoopTrace:
 
 
 def _learn_hops(options: DemoOptions, console: Console) -> tuple[Staircase, LoopTrace]:
-    config = _hop_config(options)
+    config = hop_config(options)
     task = PointerChasing(config.pointer_chasing)
     _heading(
         console,
@@ -122,8 +124,7 @@ def _learn_hops(options: DemoOptions, console: Console) -> tuple[Staircase, Loop
     )
     result = train(config, progress=Progress(console=console, every=15.0))
     batches = build_data(config, cache=options.folder).source(len(config.stages) - 1).validation(256)
-    rule = "hazard:0.5"
-    staircase = measure_staircase(result.model, batches, rule=rule)
+    staircase = measure_staircase(result.model, batches, rule=HOP_RULE)
     table = _grid("", *(f"{k} hop{'s' if k > 1 else ''}" for k in range(1, staircase.accuracy.shape[1] + 1)))
     for loop, row in enumerate(staircase.accuracy, 1):
         table.add_row(f"{loop} loop{'s' if loop > 1 else ''}", *(_shaded(share) for share in row))
@@ -135,7 +136,7 @@ def _learn_hops(options: DemoOptions, console: Console) -> tuple[Staircase, Loop
         f"hops {staircase.correlation:.2f}.",
         highlight=False,
     )
-    return staircase, _hop_trace(result.model, task, batches[0], rule)
+    return staircase, _hop_trace(result.model, task, batches[0], HOP_RULE)
 
 
 def _hop_trace(model: LoopedLM, task: PointerChasing, batch: Batch, rule: str) -> LoopTrace:
@@ -190,7 +191,7 @@ def _reindexed(
 
 
 def _learn_text(options: DemoOptions, console: Console) -> tuple[LanguageReport, list[LoopTrace]]:
-    config = _text_config(options)
+    config = text_config(options)
     _heading(
         console,
         "3",
@@ -244,12 +245,14 @@ def verdict(report: LanguageReport) -> str:
     )
 
 
-def _hop_config(options: DemoOptions) -> TrainConfig:
+def hop_config(options: DemoOptions) -> TrainConfig:
+    """The run of the second part."""
     recipe = pointer_chasing(PointerDials(steps=options.hop_steps, seed=options.seed, run=str(options.folder / "hops")))
     return replace(recipe.config, log_every=25, validate_every=10**6, checkpoint_every=10**6, validation_rows=64)
 
 
-def _text_config(options: DemoOptions) -> TrainConfig:
+def text_config(options: DemoOptions) -> TrainConfig:
+    """The run of the third part."""
     recipe = ouro_tiny(
         TextDials(
             corpus=options.corpus,
