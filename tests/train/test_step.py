@@ -122,7 +122,7 @@ def every_with_gate(losses: list[Tensor], hazards: list[Tensor], batch: Batch) -
     values = [loss.detach() for loss in losses]
     total = torch.zeros_like(values[0])
     for t in range(LOOPS - 1):
-        label = torch.sigmoid(50.0 * (values[t] - torch.stack(values[t + 1 :]).amin(0) - 0.005))
+        label = torch.sigmoid(50.0 * (values[t] - torch.stack(values[t + 1 :]).amin(0) - 0.02))
         total = total + functional.binary_cross_entropy(1 - hazards[t], label, reduction="none")
     return every(losses, hazards, batch) + 0.3 * (total * batch.mask).sum() / LOOPS / batch.mask.sum()
 
@@ -132,7 +132,7 @@ OBJECTIVES: dict[str, Formula] = {
     "last:loops=3,backprop=2": last,
     "every:loops=3": every,
     "every:loops=3,backprop=1": every,
-    "every:loops=3,gate=0.3": every_with_gate,
+    "every:loops=3,gate=0.3,gamma=0.02": every_with_gate,
     "expected:loops=3,beta=0.07": expected,
     "expected:loops=3,beta=0.07,backprop=2": expected,
     "expected:loops=3,beta=0.3,beta_end=0.07,uniform_until=0.5": expected,

@@ -128,7 +128,7 @@ def ouro_tiny(dials: TextDials) -> Recipe:
     mlp_width = _round_to(8 * dials.width / 3, 32)
     calibration = max(10, dials.steps // 10) if dials.loops > 1 else 0
     first = dials.steps - calibration
-    rate = 3e-3 * (256 / dials.width) ** 0.5
+    rate = 2e-3 * (256 / dials.width) ** 0.5
     model = LoopedLMConfig(
         vocab_size=UNKNOWN_VOCABULARY,
         width=dials.width,
@@ -182,7 +182,7 @@ def ouro_tiny(dials: TextDials) -> Recipe:
         [
             Choice(name="heads", value=model.heads, reason=f"width / {head_width}, a head width that kernels like"),
             Choice(name="mlp_width", value=mlp_width, reason="8/3 of the width, as gated MLPs have it, rounded to 32"),
-            Choice(name="learning_rate", value=f"{rate:.1e}", reason="3e-3 at width 256, falling with its root"),
+            Choice(name="learning_rate", value=f"{rate:.1e}", reason="2e-3 at width 256, falling with its root"),
             Choice(name="stage I", value=first, reason="nine tenths of the steps: language model and gate together"),
             Choice(
                 name="uniform_until",
