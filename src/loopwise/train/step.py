@@ -105,10 +105,8 @@ def micro_batch_loss(
 
 def read_hazards(model: LoopedLM, states: Sequence[Tensor]) -> Float[Tensor, "loops batch tokens"] | None:
     """The gate's chance of stopping after each loop, never narrower than float32; None without a gate."""
-    if model.gate is None:
-        return None
-    with torch.autocast(states[0].device.type, enabled=False):
-        return torch.stack([hazard for state in states if (hazard := model.hazard(state)) is not None])
+    hazards = [hazard for state in states if (hazard := model.hazard(state)) is not None]
+    return torch.stack(hazards) if hazards else None
 
 
 def training_start(
