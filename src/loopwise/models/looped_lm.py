@@ -371,7 +371,7 @@ def initialise(model: LoopedLM, *, seed: int) -> None:
     """Draw every weight anew, as a function of the seed alone.
 
     Matrices are normal with variance 2/(5D); matrices that write to the residual stream are divided by the root of
-    twice the unrolled depth (Takase et al. 2024, as Huginn uses it). Embeddings are drawn so that scaled they have
+    twice the unrolled depth (Takase et al. 2024, as Huginn uses it), as are norms that a branch ends with. Embeddings are drawn so that scaled they have
     unit size, tied ones so that the head has. The gate starts at zero: a hazard of one half everywhere.
     """
     config = model.config
@@ -383,6 +383,9 @@ def initialise(model: LoopedLM, *, seed: int) -> None:
             leaf = name.rsplit(".", 2)[-2:]
             if name.startswith("gate.") or leaf[-1] in ("bias", "qk_bias"):
                 parameter.zero_()
+            elif name.endswith("norm_out.weight") and config.norm in ("branch", "pre_branch"):
+                # A normed branch ignores the size of its matrices: what it writes to the stream is this weight.
+                parameter.fill_(1.0 / (2.0 * depth) ** 0.5)
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
