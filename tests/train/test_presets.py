@@ -96,3 +96,13 @@ def test_an_unknown_preset_lists_the_right_ones() -> None:
     with pytest.raises(ConfigError, match=r"no preset 'ouro_tiny'; did you mean ouro-tiny; allowed: ouro-tiny, "):
         find_preset("ouro_tiny")
     assert list(PRESETS) == ["ouro-tiny", "huginn-tiny", "pointer-chasing", "calibrate"]
+
+
+def test_the_page_on_training_lists_the_dials() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = {cells[1].strip(" `"): cells[4] for line in page.splitlines() if len(cells := line.split("|")) == 6}
+    for name, preset in PRESETS.items():
+        listed = rows["ouro-tiny" if rows[name].strip() == "the same" else name]
+        assert [word.strip("`") for word in listed.split()] == [
+            field.name for field in dataclasses.fields(preset.dials)
+        ]

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -388,3 +389,15 @@ def test_kept_memory_is_used_again_without_a_page_fault() -> None:
     made, returned, kept = done.stdout.split()
     assert made == "True"
     assert int(kept) < int(returned) / 100
+
+
+def test_the_page_on_training_names_every_figure(tiny_run: Make, watch: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_]+(?:_R)?)`", page))
+    for recipe in RECIPES:
+        config = tiny_run(recipe, recipe, guards=GuardConfig(after=0, loop_gain=9.0))
+        train(config, progress=watch())
+        for line in read_metrics(Path(config.run) / "metrics.jsonl"):
+            keys = {re.sub(r"_\d+$", "_R", key) for key in [*line, *line.get("timing", ())]}
+            assert keys <= named | {"step"}
+    assert {name for name in vars(GuardConfig()) if name not in ("after", "cooldown")} <= named
