@@ -94,6 +94,7 @@ def test_a_preset_says_what_it_chose_and_why(tmp_path: Path, corpus: Path, capsy
     assert f"try it: loopwise generate {folder}" in out
     assert re.search(r"^learning_rate = \S+  \(.+ at width 256, falling with its root\)$", err, re.M)
     assert "mlp_width = 96  (" in err
+    assert "settings given beside the dials win over these choices" in err
     assert "stage II · step 20/20 · loss " in err
     held = json.loads((folder / "config.json").read_text())
     assert held["optimizer"]["name"] == "muon"

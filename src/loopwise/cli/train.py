@@ -85,8 +85,10 @@ def _from_preset(name: str, file: Path | None, words: list[str], *, quiet: bool)
                 f"settings: {', '.join(setting for setting in settings if setting not in dials)}"
             )
     recipe = found.build(build(found.dials, None, [word for word in words if word.partition("=")[0] in dials]))
+    others = [word for word in words if word.partition("=")[0] not in dials]
     if not quiet:
         for choice in recipe.choices:
             typer.echo(f"{choice.name} = {choice.value}  ({choice.reason})", err=True)
-    others = [word for word in words if word.partition("=")[0] not in dials]
+        if file is not None or others:
+            typer.echo("settings given beside the dials win over these choices", err=True)
     return build(TrainConfig, file, others, base=recipe.config)
