@@ -96,7 +96,7 @@ def crash(tiny_run: Callable[..., Any], assert_same_run: Callable[..., None]) ->
         )
         assert done.returncode == 0, done.stderr
         *killed, last = json.loads(done.stdout)
-        assert sum(killed) >= 3
+        assert sum(killed) >= min(3, count - 1)
         assert not last
         assert_same_run(configs[1].run, configs[0].run)
 
@@ -104,7 +104,7 @@ def crash(tiny_run: Callable[..., Any], assert_same_run: Callable[..., None]) ->
 
 
 def test_killed_anywhere_and_while_saving(crash: Callable[..., None]) -> None:
-    crash("two stages of Ouro", 4, "line", seed=0)
+    crash("two stages of Ouro", 3, "line", seed=0)
 
 
 @pytest.mark.slow
