@@ -370,9 +370,10 @@ def attention_mask(
 def initialise(model: LoopedLM, *, seed: int) -> None:
     """Draw every weight anew, as a function of the seed alone.
 
-    Matrices are normal with variance 2/(5D); matrices that write to the residual stream are divided by the root of
-    twice the unrolled depth (Takase et al. 2024, as Huginn uses it), as are norms that a branch ends with. Embeddings are drawn so that scaled they have
-    unit size, tied ones so that the head has. The gate starts at zero: a hazard of one half everywhere.
+    Matrices are normal with variance 2/(5D); matrices that write to the residual stream, and norms that a branch ends
+    with, are divided by the root of twice the unrolled depth (Takase et al. 2024, as Huginn uses it). Embeddings are
+    drawn so that scaled they have unit size, tied ones so that the head has. The gate starts at zero: a hazard of one
+    half everywhere.
     """
     config = model.config
     generator = torch.Generator().manual_seed(seed)
