@@ -1,11 +1,12 @@
 """The demo's claims in several seeds, with the controls that the demo has no time for.
 
-    python benchmarks/demo.py [hops|text]        about 4 minutes a seed on two quiet cores
+    python benchmarks/demo.py [hops|text|shipped]        about 4 minutes a seed on two quiet cores
 
 hops  accuracy by loops and hops, what the gate spends, the rank correlation of loops with hops.
 text  loss by loops; beside it, on equal tokens, the same parameters trained with one loop, and the unrolled stack of
       equal FLOPs; the learned exit near the middle of its range against random mixing of fixed depths; wall time at
       that mean beside full depth, in one process.
+shipped   the same table for the checkpoint that ships with the package, on text that it has not seen.
 """
 
 import json
@@ -17,14 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from loopwise.demo.hops import measure_staircase
-from loopwise.demo.language import measure_language
+from loopwise.demo.language import LanguageReport, measure_language
 from loopwise.demo.story import HOP_RULE, DemoOptions, hop_config, text_config
+from loopwise.hub.checkpoints import load
+from loopwise.hub.locate import SHIPPED
 from loopwise.study.exits import measure_depths
+from loopwise.tasks.corpus import Corpus
 from loopwise.train.config import TrainConfig
 from loopwise.train.machine import Probe, environment
 from loopwise.train.progress import Progress
 from loopwise.train.run import TrainResult, train
 from loopwise.train.setup import build_data
+from loopwise.train.sources import PackedSource
+from loopwise.train.token_store import token_store
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 SEEDS = (0, 1, 2)
@@ -53,12 +59,26 @@ def text(seed: int, folder: Path) -> dict[str, Any]:
     config = text_config(DemoOptions(seed=seed, folder=folder))
     batches = build_data(config, cache=folder / "text" / "data").source(0).validation(64)
     report = measure_language(quiet_train(config).model, batches)
-    middle = report.middle
     return {
         "seed": seed,
-        "loss_by_loop": report.depths.mean_losses.tolist(),
+        **described(report),
         "one_loop": control(config, folder / "one", batches, loops=1, layers=1),
         "unrolled": control(config, folder / "unrolled", batches, loops=1, layers=4),
+    }
+
+
+def shipped(folder: Path) -> dict[str, Any]:
+    model = load(SHIPPED, dtype="float32")
+    assert model.tokenizer is not None
+    store = token_store(Corpus("python"), model.tokenizer, folder, part="validation")
+    source = PackedSource(train=store, validation=store, vocab_size=model.tokenizer.vocab_size, length=256)
+    return described(measure_language(model, source.validation(32)))
+
+
+def described(report: LanguageReport) -> dict[str, Any]:
+    middle = report.middle
+    return {
+        "loss_by_loop": report.depths.mean_losses.tolist(),
         "rule": middle.skip.rule,
         "skip": {"mean_loops": middle.skip.mean_loops, "loss": middle.skip.loss, "gain_over_mixing": middle.skip.gain},
         "fill": {"mean_loops": middle.fill.mean_loops, "loss": middle.fill.loss, "gain_over_mixing": middle.fill.gain},
@@ -84,7 +104,12 @@ def control(config: TrainConfig, folder: Path, batches: Any, *, loops: int, laye
 def main() -> None:
     parts = {"hops": hops, "text": text}
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for name in sys.argv[1:] or list(parts):
+    wanted = sys.argv[1:] or [*parts, "shipped"]
+    if "shipped" in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            results["shipped"] = shipped(Path(folder))
+        print(json.dumps(results["shipped"], indent=2))
+    for name in parts.keys() & set(wanted):
         probe = Probe()
         probe.read()
         rows = []

@@ -39,7 +39,7 @@ class LanguageReport:
         return self.speeds["exit"].tokens_per_second / self.speeds["full"].tokens_per_second
 
 
-def measure_language(model: LoopedLM, batches: list[Batch], *, tokens: int = 64, rounds: int = 3) -> LanguageReport:
+def measure_language(model: LoopedLM, batches: list[Batch], *, tokens: int = 128, rounds: int = 3) -> LanguageReport:
     """Loss by loops, loss by threshold under both semantics, and tokens per second beside full depth.
 
     Args:

@@ -51,7 +51,7 @@ class DemoOptions:
     seed: int = 0
     hop_steps: int = 2800
     """Steps of pointer chasing."""
-    text_steps: int = 300
+    text_steps: int = 500
     """Steps of the language model."""
 
 
