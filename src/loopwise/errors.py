@@ -51,4 +51,4 @@ class LoopRangeWarning(UserWarning):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was read, but not exactly as it is stored."""
+    """A checkpoint was not taken quite as it stands: a mix of dtypes made one, or a broken one passed over."""

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from loopwise.errors import CheckpointError, ConfigError, NotFoundError, StorageError
+from loopwise.errors import CheckpointError, CheckpointWarning, ConfigError, NotFoundError, StorageError
 from loopwise.train import checkpoint
-from loopwise.train.checkpoint import CheckpointWarning, flatten, load, newest, prune, save, steps, unflatten
+from loopwise.train.checkpoint import flatten, load, newest, prune, save, steps, unflatten
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loopwise.errors import CheckpointError, ConfigError, NotFoundError, StorageError
+from loopwise.errors import CheckpointError, CheckpointWarning, ConfigError, NotFoundError, StorageError
 
 TENSORS = "state.safetensors"
 META = "meta.json"
@@ -52,10 +52,6 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-class CheckpointWarning(UserWarning):
-    """A checkpoint on disk was passed over because it is not whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
