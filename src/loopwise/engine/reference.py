@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopwise.engine.sampling import Sampling, choose, log_probability
@@ -19,6 +19,7 @@ from loopwise.loops.drivers import bind_rule, check_loops
 from loopwise.loops.exits import Budget, ExitRule, Observation
 from loopwise.memory.dense import DenseMemory, DensePolicy, check_policy
 from loopwise.models.looped_lm import LMContext, LoopedLM
+from loopwise.nn.rotary import Rotary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,9 @@ class _Sequence:
     policy: DensePolicy
     max_loops: int
     memory: DenseMemory
+    positions: Int[Tensor, " capacity"]
+    rotary: Rotary
+    """Tables of all positions that there is room for."""
     spent: int = 0
     """Loops run by generated rows, for budget rules."""
     rows: int = 0
@@ -87,11 +91,14 @@ class _Sequence:
     tokens: list[int] = field(default_factory=list)
 
     def encode(self, tokens: Sequence[int], first: int) -> LMContext:
-        device = self.model.embed.weight.device
-        positions = torch.arange(first, first + len(tokens))
-        self.memory.positions = positions.to(device)
-        inputs = torch.tensor(list(tokens), device=device)
-        return self.model.encode(inputs, positions=self.memory.positions, memory=self.memory)
+        rows = slice(first, first + len(tokens))
+        positions = self.memory.positions = self.positions[rows]
+        return self.model.encode(
+            torch.tensor(tokens, device=positions.device),
+            positions=positions,
+            rotary=Rotary(*(table[rows] for table in self.rotary)),
+            memory=self.memory,
+        )
 
     def prefill(self, prompt: Sequence[int]) -> Float[Tensor, " vocab"]:
         """Prompt rows run every loop, in lock-step; the readout of the last one."""
@@ -110,31 +117,30 @@ class _Sequence:
         state = model.initial_state(context, self.sampling.start)
         tracker = rule.track(1, state.device)
         self.rows += 1
-        exit_loop, exit_state = self.max_loops, state
-        for loop in range(1, self.max_loops + 1):
-            previous = state
-            state = model.step(state, context, loop)
+        for exit_loop in range(1, self.max_loops + 1):
+            previous, state = state, model.step(state, context, exit_loop)
             self.spent += 1
+            if exit_loop == self.max_loops:
+                break  # nothing is left to decide
             prediction = model.readout(state, context) if "logits" in rule.needs else None
             observation = Observation(
-                loop=loop,
+                loop=exit_loop,
                 state=state,
                 previous=previous,
                 signal=model.signal(state, prediction) if "signal" in rule.needs else None,
                 logits=prediction,
                 allowance=self._allowance(state.device),
             )
-            fired = bool(tracker.update(observation))
-            if (fired and loop >= self.sampling.min_loops) or loop == self.max_loops:
-                exit_loop, exit_state = loop, state
+            if bool(tracker.update(observation)) and exit_loop >= self.sampling.min_loops:
                 break
+        # The coda keeps keys and values too: a position's last readout is that of its exit.
+        logits = model.readout(state, context)[0]
         if self.policy == "per_loop":
             for loop in range(exit_loop + 1, self.max_loops + 1):
                 state = model.step(state, context, loop)
         else:
             self.memory.settle(position, exit_loop)
-        # Last, so that the coda's keys and values of this position are those of its exit.
-        return model.readout(exit_state, context)[0], exit_loop
+        return logits, exit_loop
 
     def _allowance(self, device: torch.device) -> Tensor | None:
         if not isinstance(self.rule, Budget):
@@ -324,8 +330,19 @@ def check_sampling(model: LoopedLM, sampling: Sampling, *, policy: str | None = 
 def _begin(model: LoopedLM, prompt: tuple[int, ...], sampling: Sampling, policy: str | None, sample: int) -> Generation:
     checked = check_sampling(model, sampling, policy=policy)
     room = min(sampling.max_tokens, model.config.max_positions - len(prompt))
-    memory = DenseMemory(loops=checked.max_loops, capacity=len(prompt) + room)
-    sequence = _Sequence(model, sampling, checked.rule, checked.policy, checked.max_loops, memory)
+    capacity = len(prompt) + room
+    memory = DenseMemory(loops=checked.max_loops, capacity=capacity)
+    positions = torch.arange(capacity, device=model.embed.weight.device)
+    sequence = _Sequence(
+        model,
+        sampling,
+        checked.rule,
+        checked.policy,
+        checked.max_loops,
+        memory,
+        positions,
+        model.rotary(positions),
+    )
     ends = () if sampling.ignore_eos or model.tokenizer is None else model.tokenizer.stop_ids
     return Generation(sequence, prompt, room=room, sample=sample, ends=ends)
 

@@ -5,14 +5,18 @@ the filters, so a choice does not depend on batch mix, on speculation or on what
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from loopwise.errors import ConfigError
 from loopwise.nn.noise import gumbel
+
+_AHEAD = 2**15
+"""Numbers of noise that are drawn together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +93,23 @@ def choose(logits: Float[Tensor, " vocab"], sampling: Sampling, *, position: int
     """
     if sampling.temperature == 0.0:
         return int(torch.argmax(logits))
+    if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
+        rows = max(1, _AHEAD // len(logits))
+        noise = _noise(sampling.seed, sample, position // rows, rows, len(logits), logits.device)[position % rows]
+        return int(torch.argmax(logits.double() / sampling.temperature + noise))
     ids = candidates(logits, sampling)
     place = torch.full_like(ids, position)
     noise = gumbel(sampling.seed, "sampling", torch.full_like(ids, sample), place, ids)
     return int(ids[torch.argmax(logits[ids].double() / sampling.temperature + noise)])
+
+
+@lru_cache(maxsize=1)
+def _noise(
+    seed: int, sample: int, block: int, rows: int, vocab: int, device: torch.device
+) -> Float64[Tensor, "rows vocab"]:
+    """Noise of every id at the positions of one block: for few numbers, starting the operations is what takes time."""
+    places = torch.arange(block * rows, (block + 1) * rows, device=device)[:, None]
+    return gumbel(seed, "sampling", torch.full_like(places, sample), places, torch.arange(vocab, device=device))
 
 
 def log_probability(logits: Float[Tensor, " vocab"], token: int) -> float:

@@ -42,8 +42,8 @@ class DenseMemory:
         self.capacity = capacity
         self.positions: Int[Tensor, " rows"] = torch.zeros(0, dtype=torch.long)
         """Positions of the rows that run now; set by the caller before each pass."""
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+        self._tables: dict[int, Float[Tensor, "2 loops positions kv_heads head_width"]] = {}
+        """By layer; keys, then values."""
         self._looped: set[int] = set()
 
     def plane(self, loop: int) -> "DensePlane":
@@ -51,28 +51,28 @@ class DenseMemory:
 
     def settle(self, position: int, loop: int) -> None:
         """Let readers of the planes after `loop` find that plane at `position` (policy `last_exited`)."""
-        for layer in self._looped:
-            for table in (self._keys[layer], self._values[layer]):
-                table[loop:, position] = table[loop - 1, position]
+        if loop < self.loops:
+            for layer in self._looped:
+                table = self._tables[layer]
+                table[:, loop:, position] = table[:, loop - 1 : loop, position]
 
     def write(self, layer: int, loop: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (N, G, K) of the running rows; return everything up to their last position."""
-        if layer not in self._keys:
+        if layer not in self._tables:
             planes = self.loops if loop else 1
-            self._keys[layer] = k.new_zeros(planes, self.capacity, *k.shape[1:])
-            self._values[layer] = v.new_zeros(planes, self.capacity, *v.shape[1:])
+            self._tables[layer] = k.new_zeros(2, planes, self.capacity, *k.shape[1:])
             if loop:
                 self._looped.add(layer)
-        plane = max(loop - 1, 0)
-        self._keys[layer][plane, self.positions] = k
-        self._values[layer][plane, self.positions] = v
+        keys, values = self._tables[layer][:, max(loop - 1, 0)]
+        keys[self.positions] = k
+        values[self.positions] = v
         seen = int(self.positions[-1]) + 1
-        return self._keys[layer][plane, :seen], self._values[layer][plane, :seen]
+        return keys[:seen], values[:seen]
 
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
-        return sum(table.nbytes for tables in (self._keys, self._values) for table in tables.values())
+        return sum(table.nbytes for table in self._tables.values())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Axes: B batch, T tokens, R loops, D width, V vocabulary, N rows; "..." is (B, T)
 """
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
@@ -135,6 +136,7 @@ class LoopedLM(LoopModel):
         padding_mask: Bool[Tensor, "batch tokens"] | None = None,
         documents: Int[Tensor, "batch tokens"] | None = None,
         positions: Int[Tensor, "..."] | None = None,
+        rotary: Rotary | None = None,
         memory: Memory | None = None,
         **options: Any,
     ) -> LMContext:
@@ -145,6 +147,7 @@ class LoopedLM(LoopModel):
             padding_mask: True where a token is real; padding may stand on either side.
             documents: a number per token; attention and positions stay within runs of equal numbers.
             positions: position of each token; by default counted from the two masks.
+            rotary: tables of `positions`, where the caller has them; see the method `rotary`.
             memory: keys and values of a running generation; by default the sequence is seen whole.
 
         Raises:
@@ -161,16 +164,22 @@ class LoopedLM(LoopModel):
         if memory is None:
             mask = attention_mask(inputs, padding_mask, documents)
             memory = CausalMemory(mask)
+        if rotary is None:
+            rotary = self.rotary(positions)
         config = self.config
-        rotary = rotary_tables(
-            positions, config.head_width, config.rotary_base, self.embed.weight.dtype, config.rotary_scaling
-        )
         x = self.embed(inputs)
         if config.embed_scale != 1.0:
             x = x * config.embed_scale
         if len(self.prelude):
             x = self.prelude(x, rotary, memory.plane(0))
         return LMContext(injected=x, rotary=rotary, positions=positions, memory=memory, real=padding_mask, mask=mask)
+
+    def rotary(self, positions: Int[Tensor, "..."]) -> Rotary:
+        """Cosines and sines of positions, as every layer uses them."""
+        config = self.config
+        return rotary_tables(
+            positions, config.head_width, config.rotary_base, self.embed.weight.dtype, config.rotary_scaling
+        )
 
     def _check_tokens(self, tokens: Tensor, *, known_length: bool) -> None:
         if tokens.numel() == 0:
@@ -181,7 +190,7 @@ class LoopedLM(LoopModel):
                 "shorten the input"
             )
         if tokens.device.type == "cpu":
-            least, most = int(tokens.min()), int(tokens.max())
+            least, most = map(int, tokens.aminmax())
             if least < 0 or most >= self.config.vocab_size:
                 raise InputError(
                     f"token ids from {least} to {most} were given; allowed are 0 to {self.config.vocab_size - 1}"
@@ -259,8 +268,9 @@ class LoopedLM(LoopModel):
             return None
         seen = state if self.config.loop_norm else self.norm(state)
         wide = torch.promote_types(seen.dtype, torch.float32)
+        device = seen.device.type
         # Autocast would take the product back to bfloat16, whose steps near 1 are coarser than thresholds.
-        with torch.autocast(seen.device.type, enabled=False):
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             logit = F.linear(seen.to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide))
         return torch.sigmoid(logit).squeeze(-1)
 

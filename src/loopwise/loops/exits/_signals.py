@@ -67,10 +67,10 @@ class _HazardTracker(Tracker):
         self._survival = torch.ones(units, dtype=torch.float64, device=device)
 
     def judge(self, observation: Observation) -> Bool[Tensor, " units"]:
-        hazard = observation.read("signal").double()
-        known = ~hazard.isnan()
-        self._survival = self._survival * (1 - torch.where(known, hazard, 0.0))
-        return known & (1 - self._survival >= self._threshold)
+        going_on = self._survival * (1 - observation.read("signal").double())
+        # fmin passes over NaN, and no comparison with NaN holds.
+        self._survival = torch.fmin(self._survival, going_on)
+        return 1 - going_on >= self._threshold
 
 
 @rule("halt")
