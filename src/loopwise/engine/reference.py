@@ -259,7 +259,7 @@ def stream(
     """
     sampling = sampling or Sampling()
     check_loops(model, sampling.max_loops or model.config.loops)
-    return _begin(model, _ids(model, prompt), sampling, policy, sample)
+    return _begin(model, encode_prompt(model, prompt), sampling, policy, sample)
 
 
 def generate(
@@ -290,7 +290,7 @@ def generate(
     sampling = sampling or Sampling()
     check_loops(model, sampling.max_loops or model.config.loops)
     done: list[Completion] = []
-    for ids in [_ids(model, prompt) for prompt in prompts]:
+    for ids in [encode_prompt(model, prompt) for prompt in prompts]:
         for sample in range(samples):
             generation = _begin(model, ids, sampling, policy, sample)
             for emission in generation:
@@ -347,7 +347,12 @@ def _begin(model: LoopedLM, prompt: tuple[int, ...], sampling: Sampling, policy:
     return Generation(sequence, prompt, room=room, sample=sample, ends=ends)
 
 
-def _ids(model: LoopedLM, prompt: str | Sequence[int]) -> tuple[int, ...]:
+def encode_prompt(model: LoopedLM, prompt: str | Sequence[int]) -> tuple[int, ...]:
+    """A prompt as token ids that this model can read, with room for an answer.
+
+    Raises:
+        InputError: empty, too long, text without a tokenizer, or ids outside the vocabulary.
+    """
     if not isinstance(prompt, str):
         ids = tuple(prompt)
     elif model.tokenizer is None:
