@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopwise.nn.noise import _shift_right, gumbel, truncated_normal, uniform
+from loopwise.nn.noise import _shift_right, gumbel, gumbel_by_key, seed_keys, truncated_normal, uniform
 
 naive = runpy.run_path(str(Path(__file__).parents[1] / "models" / "naive_lm.py"))
 LARGE = st.integers(-(2**63), 2**63 - 1)
@@ -23,6 +23,14 @@ def test_equals_the_hash_in_python_integers(seed: int, counters: list[int]) -> N
     assert float(gumbel(seed, "test", *tensors)) == pytest.approx(-math.log(-math.log(expected)), rel=1e-12)
     normal = naive["naive_normal"](seed, "test", *counters)
     assert float(truncated_normal(seed, "test", *tensors)) == pytest.approx(normal, rel=1e-9, abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.integers(-(2**70), 2**70), LARGE), min_size=1, max_size=5))
+def test_a_key_for_each_number_changes_none(addresses: list[tuple[int, int]]) -> None:
+    counters, ids = torch.tensor([[counter] for _, counter in addresses]), torch.arange(7)
+    found = gumbel_by_key(seed_keys([seed for seed, _ in addresses], "test")[:, None], counters, ids)
+    for (seed, _), counter, row in zip(addresses, counters, found, strict=True):
+        assert torch.equal(row, gumbel(seed, "test", counter, ids))
 
 
 @given(LARGE, st.integers(1, 63))

@@ -1,9 +1,14 @@
-"""How the next token is chosen: filters, then addressed Gumbel noise.
+"""How the next token is chosen: penalty and bias, temperature, filters, then addressed Gumbel noise.
 
 The noise of a token id is a function of (seed, sample, position, id) alone and is computed only for ids that survive
-the filters, so a choice does not depend on batch mix, on speculation or on what was sampled before.
+the filters, so a choice does not depend on batch mix, on speculation or on what was sampled before. `choose` is the
+readable definition, for one row; `choose_batch` takes the same tokens for many rows of different requests at once.
+
+Axes: N rows, V vocabulary, K likeliest tokens.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -13,10 +18,14 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from loopwise.errors import ConfigError
-from loopwise.nn.noise import gumbel
+from loopwise.nn.noise import gumbel, gumbel_by_key, seed_keys
 
+_PREFIX = 512
+"""Likeliest tokens among which filters are tried first: sorting a whole vocabulary takes several times as long."""
 _AHEAD = 2**15
 """Numbers of noise that are drawn together."""
+_CPU_NUMBERS = 2**16
+"""Noise drawn at once on a CPU: larger intermediate tensors leave its cache, and take twice as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,14 @@ class Sampling:
     """Keep the fewest likeliest tokens whose probabilities reach this sum."""
     min_p: float | None = None
     """Keep tokens at least this fraction as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that are in the prompt or the answer, and multiplies the negative ones."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Pairs of a token id and what is added to its logit."""
+    logprobs: int = 0
+    """Likeliest tokens to report beside each chosen one, with their log-probabilities."""
+    n: int = 1
+    """Answers to each prompt; each draws its own noise."""
     seed: int = 0
     """Same seed, same tokens."""
     stop: tuple[str, ...] = ()
@@ -55,6 +72,10 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0, up to 1"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("logit_bias", _is_bias(self.logit_bias), "a finite number for each of some different token ids"),
+            ("logprobs", self.logprobs >= 0, "0 or more"),
+            ("n", self.n >= 1, "1 or more"),
             ("max_loops", self.max_loops is None or self.max_loops >= 1, "1 or more"),
             ("min_loops", self.min_loops >= 1, "1 or more"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of texts that are not empty"),
@@ -64,47 +85,150 @@ class Sampling:
             if not fine:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed is {allowed}")
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits change before the temperature is applied."""
+        return self.repetition_penalty != 1.0 or bool(self.logit_bias)
+
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens may be kept from being chosen."""
+        return self.top_k is not None or (self.top_p or 1.0) < 1.0 or bool(self.min_p)
+
+
+def _is_bias(pairs: tuple[tuple[int, float], ...]) -> bool:
+    ids = [token for token, _ in pairs]
+    return len(set(ids)) == len(ids) and all(token >= 0 and math.isfinite(added) for token, added in pairs)
+
+
+def check_vocabulary(sampling: Sampling, vocab_size: int) -> None:
+    """See whether the token ids and counts in these settings are a vocabulary's.
+
+    Raises:
+        ConfigError: for a biased id outside it, or more log-probabilities than it has tokens.
+    """
+    wrong = [token for token, _ in sampling.logit_bias if token >= vocab_size]
+    if wrong:
+        raise ConfigError(f"logit_bias of token {wrong[0]}: allowed are ids from 0 to {vocab_size - 1}")
+    if sampling.logprobs > vocab_size:
+        raise ConfigError(f"logprobs={sampling.logprobs}: allowed is 0 to {vocab_size}, the size of the vocabulary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """One row of a batch of choices."""
+
+    sampling: Sampling
+    position: int
+    """Position of the token that is being chosen, counting real tokens."""
+    sample: int = 0
+    """Which of several answers to one prompt this is."""
+    seen: Sequence[int] = ()
+    """Prompt and answer so far; only a repetition penalty looks at it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The tokens of a batch of choices."""
+
+    tokens: Int[Tensor, " rows"]
+    logprobs: Float[Tensor, " rows"]
+    """Log-probability of each token in nats, before penalty, bias, temperature and filters."""
+    top_ids: Int[Tensor, "rows likeliest"] | None = None
+    """The likeliest tokens by raw logits, likeliest first, -1 beyond what a row asked for; None when no row asked."""
+    top_logprobs: Float[Tensor, "rows likeliest"] | None = None
+    """Their raw log-probabilities, -inf beyond what a row asked for."""
+
+
+def adjusted(logits: Float[Tensor, " vocab"], sampling: Sampling, seen: Sequence[int] = ()) -> Float[Tensor, " vocab"]:
+    """Logits after penalty (Keskar et al. 2019, CTRL, as transformers has it) and bias; float64 if there is any."""
+    if not sampling.adjusts:
+        return logits
+    wide = logits.double()
+    if seen and sampling.repetition_penalty != 1.0:
+        ids = torch.tensor(sorted(set(seen)), device=logits.device)
+        wide = wide.index_copy(0, ids, _penalised(wide[ids], wide.new_tensor(sampling.repetition_penalty)))
+    if sampling.logit_bias:
+        ids = torch.tensor([token for token, _ in sampling.logit_bias], device=logits.device)
+        wide = wide.index_add(0, ids, wide.new_tensor([added for _, added in sampling.logit_bias]))
+    return wide
+
+
+def _penalised(logits: Tensor, penalty: Tensor) -> Tensor:
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
+def _heated(logits: Float[Tensor, "rows vocab"], settings: Sequence[Sampling]) -> Float64[Tensor, "rows vocab"]:
+    # A tensor divides alike on every device; a Python number would be turned into a factor on some.
+    return logits.double() / _column([sampling.temperature for sampling in settings], logits.device)
+
+
+def _column(numbers: Sequence[int] | Sequence[float], device: torch.device) -> Float64[Tensor, "rows one"]:
+    return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]
+
+
+def _count_survivors(
+    ordered: Float64[Tensor, "rows likeliest"], settings: Sequence[Sampling], vocab: int
+) -> Int[Tensor, " rows"]:
+    """How many of each row's likeliest tokens survive its filters, from their falling probabilities.
+
+    It is the beginning of a row that survives, and the answer is the same for any part of the row that is longer,
+    unless top_k is beyond that part.
+    """
+    device = ordered.device
+    top_k = _column([min(sampling.top_k or vocab, vocab) for sampling in settings], device)
+    top_p = _column([1.0 if sampling.top_p is None else sampling.top_p for sampling in settings], device)
+    min_p = _column([sampling.min_p or 0.0 for sampling in settings], device)
+    keep = torch.arange(ordered.shape[1], device=device) < top_k
+    kept = torch.where(keep, ordered, 0.0)
+    sums = kept.cumsum(-1)
+    before = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), dim=-1)
+    total = torch.where(top_k < vocab, sums[:, -1:], 1.0)
+    keep &= (top_p == 1.0) | (before < top_p * total)
+    keep &= ordered >= min_p * ordered[:, :1]
+    return keep.sum(-1)
+
 
 def candidates(logits: Float[Tensor, " vocab"], sampling: Sampling) -> Int[Tensor, " kept"]:
     """Ids that survive top-k, then top-p, then min-p, all measured at the sampling temperature; likeliest first."""
-    scaled = logits.double() / sampling.temperature
-    probabilities = torch.softmax(scaled, dim=-1)
+    probabilities = torch.softmax(_heated(logits[None], [sampling]), dim=-1)
     # A stable order makes ties fall to the lower id on every device.
     ordered, ids = torch.sort(probabilities, descending=True, stable=True)
-    keep = torch.ones_like(ids, dtype=torch.bool)
-    if sampling.top_k is not None:
-        keep[sampling.top_k :] = False
-    if sampling.top_p is not None:
-        kept = torch.where(keep, ordered, 0.0)
-        before = kept.cumsum(0) - kept
-        keep &= before < sampling.top_p * kept.sum()
-    if sampling.min_p is not None:
-        keep &= ordered >= sampling.min_p * ordered[0]
-    return ids[keep]
+    return ids[0, : int(_count_survivors(ordered, [sampling], len(logits)))]
 
 
-def choose(logits: Float[Tensor, " vocab"], sampling: Sampling, *, position: int, sample: int = 0) -> int:
-    """The next token id.
+def choose(
+    logits: Float[Tensor, " vocab"],
+    sampling: Sampling,
+    *,
+    position: int,
+    sample: int = 0,
+    seen: Sequence[int] = (),
+) -> int:
+    """The next token id; ties fall to the lower one.
 
     Args:
         logits: raw logits of one row.
         position: position of the token that is being chosen, counting real tokens.
         sample: which of several samples of one prompt this is.
+        seen: prompt and answer so far, for a repetition penalty.
     """
+    logits = adjusted(logits, sampling, seen)
     if sampling.temperature == 0.0:
         return int(torch.argmax(logits))
-    if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
+    heated = _heated(logits[None], [sampling])[0]
+    if not sampling.filters:
         rows = max(1, _AHEAD // len(logits))
-        noise = _noise(sampling.seed, sample, position // rows, rows, len(logits), logits.device)[position % rows]
-        return int(torch.argmax(logits.double() / sampling.temperature + noise))
-    ids = candidates(logits, sampling)
+        noise = _noise_ahead(sampling.seed, sample, position // rows, rows, len(logits), logits.device)
+        return int(torch.argmax(heated + noise[position % rows]))
+    ids = candidates(logits, sampling).sort().values
     place = torch.full_like(ids, position)
     noise = gumbel(sampling.seed, "sampling", torch.full_like(ids, sample), place, ids)
-    return int(ids[torch.argmax(logits[ids].double() / sampling.temperature + noise)])
+    return int(ids[torch.argmax(heated[ids] + noise)])
 
 
 @lru_cache(maxsize=1)
-def _noise(
+def _noise_ahead(
     seed: int, sample: int, block: int, rows: int, vocab: int, device: torch.device
 ) -> Float64[Tensor, "rows vocab"]:
     """Noise of every id at the positions of one block: for few numbers, starting the operations is what takes time."""
@@ -114,5 +238,158 @@ def _noise(
 
 def log_probability(logits: Float[Tensor, " vocab"], token: int) -> float:
     """Log-probability in nats, before temperature and filters."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return float(torch.log_softmax(wide, dim=-1)[token])
+    return float(_log_softmax(logits)[token])
+
+
+def choose_batch(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> Chosen:
+    """The tokens that `choose` takes row by row, in a few passes over all rows together.
+
+    Greedy rows cost an argmax. Rows without filters draw noise for the whole vocabulary, unsorted. Rows with filters
+    look at their likeliest tokens first; those that keep more are sorted whole (see `_choose_filtered`).
+
+    Args:
+        logits: raw logits.
+        rows: what each of them is for; settings, seeds and positions may all differ.
+    """
+    wide = _adjust_rows(logits, rows)
+    tokens = torch.argmax(wide, dim=-1)
+    sampled = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+    for choose_rows, places in (
+        (_choose_open, [i for i in sampled if not rows[i].sampling.filters]),
+        (_choose_filtered, [i for i in sampled if rows[i].sampling.filters]),
+    ):
+        if places:
+            index = torch.tensor(places, device=logits.device)
+            tokens[index] = choose_rows(wide[index], [rows[i] for i in places])
+    chances = _log_softmax(logits)
+    top_ids, top_logprobs = _likeliest(chances, rows)
+    return Chosen(
+        tokens=tokens,
+        logprobs=chances.gather(1, tokens[:, None])[:, 0],
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
+    )
+
+
+def _adjust_rows(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> Float[Tensor, "rows vocab"]:
+    """`adjusted` for rows of different settings; all of them in float64 if any row needs it."""
+    if not any(row.sampling.adjusts for row in rows):
+        return logits
+    wide, device = logits.double(), logits.device
+    if wide is logits:
+        wide = logits.clone()
+    penalised = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
+    if penalised:
+        counts = torch.tensor([len(rows[i].seen) for i in penalised])
+        ids = torch.tensor([token for i in penalised for token in rows[i].seen], dtype=torch.long, device=device)
+        penalties = torch.tensor([rows[i].sampling.repetition_penalty for i in penalised], dtype=wide.dtype)
+        index = (torch.tensor(penalised).repeat_interleave(counts).to(device), ids)
+        # A token that is seen twice is written twice, with the same number.
+        wide[index] = _penalised(wide[index], penalties.repeat_interleave(counts).to(device))
+    biased = [(i, token, added) for i, row in enumerate(rows) for token, added in row.sampling.logit_bias]
+    if biased:
+        where = torch.tensor([place[:2] for place in biased], device=device).unbind(1)
+        wide[where] += torch.tensor([place[2] for place in biased], dtype=wide.dtype, device=device)
+    return wide
+
+
+def _choose_open(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> Int[Tensor, " rows"]:
+    """The largest noisy logit of each row.
+
+    Every token takes part: Gumbel noise of 52 bits reaches from -3.6 to 36.7, so only a logit 40 below the largest
+    could be left out, and few are.
+    """
+    count, vocab = logits.shape
+    step = max(1, _CPU_NUMBERS // vocab) if logits.device.type == "cpu" else count
+    ids = torch.arange(vocab, device=logits.device)
+    parts = [slice(first, first + step) for first in range(0, count, step)]
+    noisy = (
+        _noise(rows[part], ids).add_(_heated(logits[part], [row.sampling for row in rows[part]])) for part in parts
+    )
+    return torch.cat([torch.argmax(numbers, dim=-1) for numbers in noisy])
+
+
+def _choose_filtered(
+    logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw], width: int | None = None
+) -> Int[Tensor, " rows"]:
+    """The largest noisy logit among each row's survivors, judged by the row's `width` likeliest tokens.
+
+    That is exact. Survivors are the beginning of the row's tokens in order of (probability, lower id), and what the
+    filters compare depends on that beginning alone; the one exception, the sum of a top-k that is wider than `width`,
+    is seen beforehand. So if fewer than `width` survive, nothing beyond would have. Which tokens were found does not
+    depend on how ties at the end were broken if the last survivor is likelier than the last token found. Rows of which
+    this cannot be said go through once more with the whole vocabulary sorted.
+    """
+    vocab = logits.shape[1]
+    width = min(width or _PREFIX, vocab)
+    settings = [row.sampling for row in rows]
+    heated = _heated(logits, settings)
+    probabilities = torch.softmax(heated, dim=-1)
+    if width < vocab:
+        ordered, ids = _ordered_top(probabilities, width)
+    else:
+        ordered, ids = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    survivors = _count_survivors(ordered, settings, vocab)
+    tokens = _choose_among(heated, ids[:, : max(int(survivors.max()), 1)], survivors, rows)
+    if width < vocab:
+        end = ordered.gather(1, (survivors - 1).clamp(min=0)[:, None])[:, 0]
+        summed = torch.tensor([_sums_beyond(sampling, width, vocab) for sampling in settings], device=logits.device)
+        unsure = ((survivors == width) | (end <= ordered[:, -1]) | summed).nonzero()[:, 0]
+        if len(unsure):
+            tokens[unsure] = _choose_filtered(logits[unsure], [rows[i] for i in unsure.tolist()], vocab)
+    return tokens
+
+
+def _sums_beyond(sampling: Sampling, width: int, vocab: int) -> bool:
+    """Whether top-p is a part of a sum over more than `width` tokens that must be found by sorting."""
+    return sampling.top_p is not None and sampling.top_k is not None and width < sampling.top_k < vocab
+
+
+def _choose_among(
+    heated: Float64[Tensor, "rows vocab"],
+    ids: Int[Tensor, "rows likeliest"],
+    survivors: Int[Tensor, " rows"],
+    rows: Sequence[Draw],
+) -> Int[Tensor, " rows"]:
+    """The largest noisy logit among the first `survivors` ids of each row."""
+    vocab = heated.shape[1]
+    keep = torch.arange(ids.shape[1], device=ids.device) < survivors[:, None]
+    # Sorted by id, those that are kept first: argmax takes the first of equals.
+    ids = torch.where(keep, ids, ids + vocab).sort(-1).values
+    lost, ids = ids >= vocab, ids % vocab
+    noisy = heated.gather(1, ids) + _noise(rows, ids)
+    best = torch.argmax(noisy.masked_fill(lost, -math.inf), dim=-1, keepdim=True)
+    return ids.gather(1, best)[:, 0]
+
+
+def _noise(rows: Sequence[Draw], ids: Int[Tensor, "... ids"]) -> Float64[Tensor, "rows ids"]:
+    """The noise of `choose` for these ids, (N, K), or (K,) when they are the same in every row."""
+    keys = seed_keys([row.sampling.seed for row in rows], "sampling").to(ids.device)
+    samples = torch.tensor([row.sample for row in rows], device=ids.device)
+    positions = torch.tensor([row.position for row in rows], device=ids.device)
+    return gumbel_by_key(keys[:, None], samples[:, None], positions[:, None], ids)
+
+
+def _log_softmax(logits: Float[Tensor, "... vocab"]) -> Float[Tensor, "... vocab"]:
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+
+
+def _likeliest(chances: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> tuple[Tensor | None, Tensor | None]:
+    """`Chosen.top_ids` and `Chosen.top_logprobs`."""
+    wanted = [row.sampling.logprobs for row in rows]
+    if not any(wanted):
+        return None, None
+    top_ids = torch.full((len(rows), max(wanted)), -1, device=chances.device)
+    top_logprobs = chances.new_full(top_ids.shape, -math.inf)
+    # One pass for each number that is wanted: how ties are broken must not depend on the other rows.
+    for count in sorted(set(wanted) - {0}):
+        index = torch.tensor([i for i, number in enumerate(wanted) if number == count], device=chances.device)
+        top_logprobs[index, :count], top_ids[index, :count] = _ordered_top(chances[index], count)
+    return top_ids, top_logprobs
+
+
+def _ordered_top(values: Float[Tensor, "rows vocab"], count: int) -> tuple[Tensor, Tensor]:
+    """The largest `count` values of each row, falling, and their ids; equal values by rising id."""
+    ids = torch.topk(values, count, dim=-1, sorted=False).indices.sort(-1).values
+    ordered, order = torch.sort(values.gather(1, ids), dim=-1, descending=True, stable=True)
+    return ordered, ids.gather(1, order)

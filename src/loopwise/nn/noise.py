@@ -5,6 +5,7 @@ a result does not depend on batch mix, chunk size or device. Everything is int64
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float64, Int
@@ -39,10 +40,13 @@ def uniform(seed: int, domain: str, *counters: Int[Tensor, "..."]) -> Float64[Te
         domain: what the noise is for; different domains never share numbers.
         counters: integer tensors that broadcast together (position, token id, ...). Their order matters.
     """
+    return _uniform(_key(seed, domain), counters)
+
+
+def _uniform(key: int | Tensor, counters: Sequence[Tensor]) -> Tensor:
     mixed: Tensor | None = None
     for counter in counters:
-        salt = _key(seed, domain) if mixed is None else mixed
-        mixed = _mix(counter.long() * _GOLDEN + salt)
+        mixed = _mix(counter.long() * _GOLDEN + (key if mixed is None else mixed))
     if mixed is None:
         raise ValueError("uniform needs at least one counter")
     # 52 bits and a half are exact in float64; with 53 the largest would round to 1.
@@ -59,6 +63,16 @@ def truncated_normal(seed: int, domain: str, *counters: Int[Tensor, "..."], cut:
 def gumbel(seed: int, domain: str, *counters: Int[Tensor, "..."]) -> Float64[Tensor, "..."]:
     """Standard Gumbel noise, -log(-log(u)), addressed like `uniform`."""
     return -torch.log(-torch.log(uniform(seed, domain, *counters)))
+
+
+def seed_keys(seeds: Sequence[int], domain: str) -> Int[Tensor, " seeds"]:
+    """What a seed becomes before it meets the counters: for numbers whose seeds differ within one tensor."""
+    return torch.tensor([_key(seed, domain) for seed in seeds], dtype=torch.long)
+
+
+def gumbel_by_key(keys: Int[Tensor, "..."], *counters: Int[Tensor, "..."]) -> Float64[Tensor, "..."]:
+    """`gumbel` with a seed for each number: `keys`, made by `seed_keys`, broadcasts together with the counters."""
+    return -torch.log(-torch.log(_uniform(keys, counters)))
 
 
 def integer(seed: int, domain: str) -> int:
