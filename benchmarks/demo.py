@@ -1,50 +1,52 @@
 """The demo's claims in several seeds, with the controls that the demo has no time for.
 
-    python benchmarks/demo.py [hops|text|shipped]        about 4 minutes a seed on two quiet cores
+    python benchmarks/demo.py [hops|text|shipped|speed] [seed=N]    about 10 minutes a seed on two quiet cores
 
-hops  accuracy by loops and hops, what the gate spends, the rank correlation of loops with hops.
-text  loss by loops; beside it, on equal tokens, the same parameters trained with one loop, and the unrolled stack of
-      equal FLOPs; the learned exit near the middle of its range against random mixing of fixed depths; wall time at
-      that mean beside full depth, in one process.
-shipped   the same table for the checkpoint that ships with the package, on text that it has not seen.
+hops     accuracy by loops and hops, what the gate spends, the rank correlation of loops with hops.
+text     loss by loops; beside it, on equal tokens, the same parameters trained with one loop, and the unrolled stack
+         of equal FLOPs; the learned exit near a mean of 2.5 loops against random mixing of fixed depths.
+shipped  the same exits for the checkpoint that ships with the package, on text that it has not seen.
+speed    wall time of writing at a mean of 2.5 loops beside full depth, in one process, taking turns: the shipped
+         checkpoint and the models of `text`. Leave the machine alone meanwhile.
+
+Models are kept under runs/benchmarks, so what was trained once is not trained again.
 """
 
 import json
 import statistics
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _trained import SEEDS, control, demo_hops, source, trained, with_gate
+
 from loopwise.demo.hops import measure_staircase
-from loopwise.demo.language import LanguageReport, measure_language
-from loopwise.demo.story import HOP_RULE, DemoOptions, hop_config, text_config
+from loopwise.demo.language import LanguageReport, measure_language, measure_writing
+from loopwise.demo.story import HOP_RULE
 from loopwise.hub.checkpoints import load
 from loopwise.hub.locate import SHIPPED
+from loopwise.models.looped_lm import LoopedLM
 from loopwise.study.exits import measure_depths
 from loopwise.tasks.corpus import Corpus
-from loopwise.train.config import TrainConfig
+from loopwise.train.batches import Batch
 from loopwise.train.machine import Probe, environment
-from loopwise.train.progress import Progress
-from loopwise.train.run import TrainResult, train
-from loopwise.train.setup import build_data
 from loopwise.train.sources import PackedSource
 from loopwise.train.token_store import token_store
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
-SEEDS = (0, 1, 2)
+PARTS = ("hops", "text", "shipped", "speed")
+HELD_OUT_ROWS = 128
+ROUNDS = 7
+CONTROLS = {"one_loop": ("one-loop", 1), "unrolled": ("unrolled", 4)}
+"""Name of the run, and how many times the layers."""
 
 
-def quiet_train(config: TrainConfig) -> TrainResult:
-    return train(config, progress=Progress(every=60.0))
-
-
-def hops(seed: int, folder: Path) -> dict[str, Any]:
-    config = hop_config(DemoOptions(seed=seed, folder=folder))
-    model = quiet_train(config).model
-    batches = build_data(config, cache=folder).source(len(config.stages) - 1).validation(256)
-    found = measure_staircase(model, batches, rule=HOP_RULE)
+def hops(seed: int) -> dict[str, Any]:
+    config = demo_hops(seed)
+    model = trained(config)
+    found = measure_staircase(model, source(config, len(config.stages) - 1).validation(256), rule=HOP_RULE)
     return {
         "seed": seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -55,24 +57,22 @@ def hops(seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def text(seed: int, folder: Path) -> dict[str, Any]:
-    config = text_config(DemoOptions(seed=seed, folder=folder))
-    batches = build_data(config, cache=folder / "text" / "data").source(0).validation(64)
-    report = measure_language(quiet_train(config).model, batches)
-    return {
-        "seed": seed,
-        **described(report),
-        "one_loop": control(config, folder / "one", batches, loops=1, layers=1),
-        "unrolled": control(config, folder / "unrolled", batches, loops=1, layers=4),
-    }
+def text(seed: int) -> dict[str, Any]:
+    config = with_gate(seed)
+    batches = source(config).validation(HELD_OUT_ROWS)
+    found = described(measure_language(trained(config), batches))
+    for key, (name, layers) in CONTROLS.items():
+        found[key] = float(measure_depths(trained(control(seed, name, layers=layers)), batches).mean_losses[-1])
+    return {"seed": seed, "objective": config.stages[0].objective, **found}
 
 
-def shipped(folder: Path) -> dict[str, Any]:
+def shipped_model(folder: Path) -> tuple[LoopedLM, list[Batch]]:
+    """The checkpoint of the package, and text that it has not seen."""
     model = load(SHIPPED, dtype="float32")
     assert model.tokenizer is not None
     store = token_store(Corpus("python"), model.tokenizer, folder, part="validation")
-    source = PackedSource(train=store, validation=store, vocab_size=model.tokenizer.vocab_size, length=256)
-    return described(measure_language(model, source.validation(32)))
+    data = PackedSource(train=store, validation=store, vocab_size=model.tokenizer.vocab_size, length=256)
+    return model, data.validation(32)
 
 
 def described(report: LanguageReport) -> dict[str, Any]:
@@ -82,49 +82,69 @@ def described(report: LanguageReport) -> dict[str, Any]:
         "rule": middle.skip.rule,
         "skip": {"mean_loops": middle.skip.mean_loops, "loss": middle.skip.loss, "gain_over_mixing": middle.skip.gain},
         "fill": {"mean_loops": middle.fill.mean_loops, "loss": middle.fill.loss, "gain_over_mixing": middle.fill.gain},
-        "speedup": report.speedup,
-        "speed_mean_loops": report.speeds["exit"].mean_loops,
-        "tokens_per_second": {name: speed.tokens_per_second for name, speed in report.speeds.items()},
     }
 
 
-def control(config: TrainConfig, folder: Path, batches: Any, *, loops: int, layers: int) -> float:
-    """Loss of a model of `layers` times the layers, run once, trained on as many tokens in as many steps."""
-    assert config.model is not None
-    model = replace(
-        config.model, core_layers=config.model.core_layers * layers, loops=loops, trained_loops=(1, loops), gate=False
-    )
-    steps = config.stages[0].steps
-    stage = replace(config.stages[0], name="control", objective=f"last:loops={loops}", steps=steps)
-    alone = replace(config, run=str(folder), model=model, stages=(stage,), family="loopwise", validation_loops=(1,))
-    trained = quiet_train(alone).model
-    return float(measure_depths(trained, batches).mean_losses[-1])
+def speed(model: LoopedLM, batches: list[Batch]) -> dict[str, Any]:
+    probe = Probe()
+    probe.read()
+    found = measure_writing(model, batches, rounds=ROUNDS)
+    probe.read()
+    return {
+        "rule": found.rule,
+        "mean_loops": found.exit.mean_loops,
+        "ratio": found.ratio,
+        "ratios": found.ratios,
+        "tokens_per_second": {"full": found.full.tokens_per_second, "exit": found.exit.tokens_per_second},
+        "drift": probe.drift,
+        "held_still": not probe.drifted,
+    }
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean, least and most."""
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def tell_text(rows: list[dict[str, Any]]) -> None:
+    for loop in range(len(rows[0]["loss_by_loop"])):
+        print(f"loss after loop {loop + 1}: {spread([row['loss_by_loop'][loop] for row in rows])}")
+    for key in CONTROLS:
+        print(f"{key}: {spread([row[key] for row in rows])}")
+    for semantics in ("skip", "fill"):
+        found = [row[semantics] for row in rows]
+        print(f"{semantics}: mean loops {spread([point['mean_loops'] for point in found], 2)}, below random mixing by")
+        print(f"  {spread([point['gain_over_mixing'] for point in found])} nats")
 
 
 def main() -> None:
-    parts = {"hops": hops, "text": text}
+    words = sys.argv[1:]
+    wanted = [word for word in words if not word.startswith("seed=")] or list(PARTS)
+    if not set(wanted) <= set(PARTS):
+        sys.exit(f"{' '.join(words)}: allowed are {', '.join(PARTS)} and seed=N")
+    seeds = [int(word.removeprefix("seed=")) for word in words if word.startswith("seed=")] or list(SEEDS)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    wanted = sys.argv[1:] or [*parts, "shipped"]
-    if "shipped" in wanted:
-        with tempfile.TemporaryDirectory() as folder:
-            results["shipped"] = shipped(Path(folder))
-        print(json.dumps(results["shipped"], indent=2))
-    for name in parts.keys() & set(wanted):
-        probe = Probe()
-        probe.read()
-        rows = []
-        for seed in SEEDS:
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append(parts[name](seed, Path(folder)))
-                print(json.dumps(rows[-1]))
-        probe.read()
-        results[name] = {"seeds": rows, "drift": probe.drift, "held_still": not probe.drifted}
-        if name == "text":
-            for key in ("one_loop", "unrolled", "speedup"):
-                values = [row[key] for row in rows]
-                print(f"{key}: {statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
+    for name, part in (("hops", hops), ("text", text)):
+        if name in wanted:
+            known = {row["seed"]: row for row in results.get(name, {}).get("seeds", [])}
+            known |= {seed: part(seed) for seed in seeds}
+            results[name] = {"seeds": [known[seed] for seed in sorted(known)]}
+    with tempfile.TemporaryDirectory() as folder:
+        if "shipped" in wanted:
+            results["shipped"] = described(measure_language(*shipped_model(Path(folder))))
+            print(json.dumps(results["shipped"], indent=1))
+        if "speed" in wanted:
+            found = {"shipped": speed(*shipped_model(Path(folder)))}
+            for seed in seeds:
+                config = with_gate(seed)
+                found[f"text, seed {seed}"] = speed(trained(config), source(config).validation(HELD_OUT_ROWS))
+            results["speed"] = found
+            for name, row in found.items():
+                print(f"{name}: {row['mean_loops']:.2f} loops, {spread(row['ratios'], 2)} times full depth, median")
+    if "text" in wanted:
+        tell_text(results["text"]["seeds"])
     results["machine"] = environment()
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

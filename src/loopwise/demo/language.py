@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from loopwise.engine.sampling import Sampling
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.study.exits import Depths, ExitPoint, hazard_for, measure_depths, measure_exit
-from loopwise.study.speed import Speed, compare_speed
+from loopwise.study.speed import SpeedUp, measure_speed
 from loopwise.train.batches import Batch
 
 MEANS = (1.5, 2.0, 2.5, 3.0, 3.5)
@@ -31,21 +31,10 @@ class LanguageReport:
     """By rising mean loops."""
     middle: ThresholdRow
     """The row nearest to the middle of the range, (1 + R) / 2."""
-    speeds: dict[str, Speed]
-    """"full" and "exit": generation with every loop, and with the middle row's rule."""
-
-    @property
-    def speedup(self) -> float:
-        return self.speeds["exit"].tokens_per_second / self.speeds["full"].tokens_per_second
 
 
-def measure_language(model: LoopedLM, batches: list[Batch], *, tokens: int = 128, rounds: int = 3) -> LanguageReport:
-    """Loss by loops, loss by threshold under both semantics, and tokens per second beside full depth.
-
-    Args:
-        batches: held-out text.
-        tokens: tokens generated per prompt and round for the speed.
-    """
+def measure_language(model: LoopedLM, batches: list[Batch]) -> LanguageReport:
+    """Loss by loops, and by threshold under both semantics, on held-out text."""
     depths = measure_depths(model, batches)
     loops = model.config.loops
     rows = []
@@ -59,14 +48,11 @@ def measure_language(model: LoopedLM, batches: list[Batch], *, tokens: int = 128
             )
         )
     middle = min(rows, key=lambda row: abs(row.skip.mean_loops - (1 + loops) / 2))
+    return LanguageReport(depths=depths, rows=rows, middle=middle)
+
+
+def measure_writing(model: LoopedLM, batches: list[Batch], *, tokens: int = 128, rounds: int = 3) -> SpeedUp:
+    """Speed of writing with exits at the middle of the range beside full depth, after beginnings of held-out text."""
     prompts = [batches[0].tokens[row, :32].tolist() for row in range(2)]
-    speeds = compare_speed(
-        model,
-        prompts,
-        {
-            "full": Sampling(max_tokens=tokens, temperature=0.8, ignore_eos=True),
-            "exit": Sampling(max_tokens=tokens, temperature=0.8, ignore_eos=True, exit=middle.skip.rule),
-        },
-        rounds=rounds,
-    )
-    return LanguageReport(depths=depths, rows=rows, middle=middle, speeds=speeds)
+    sampling = Sampling(max_tokens=tokens, temperature=0.8, ignore_eos=True)
+    return measure_speed(model, prompts, sampling, mean_loops=(1 + model.config.loops) / 2, rounds=rounds)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from loopwise.demo.hops import Staircase, chance, measure_staircase
-from loopwise.demo.language import LanguageReport, measure_language
+from loopwise.demo.language import LanguageReport, measure_language, measure_writing
 from loopwise.engine.record import record_trace
 from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
@@ -22,6 +22,7 @@ from loopwise.hub.locate import SHIPPED
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.studio import page
 from loopwise.studio.terminal import print_tinted
+from loopwise.study.speed import SpeedUp
 from loopwise.tasks.corpus import Corpus
 from loopwise.tasks.pointer_chasing import PointerChasing
 from loopwise.trace import LoopTrace
@@ -64,7 +65,7 @@ def tell(options: DemoOptions, console: Console) -> None:
     _clear(options.folder)
     traces = [_show_shipped(console)]
     staircase, hop_trace = _learn_hops(options, console)
-    report, text_traces = _learn_text(options, console)
+    report, speed, text_traces = _learn_text(options, console)
     traces += [hop_trace, *text_traces]
     written = page.write_page(
         options.page,
@@ -75,7 +76,7 @@ def tell(options: DemoOptions, console: Console) -> None:
             "where they help. Each token below is tinted by the loops it took; drag the threshold to see what "
             "another one would have done."
         ),
-        tables=[_staircase_table(staircase), _loops_table(report), _threshold_table(report)],
+        tables=[_staircase_table(staircase), _loops_table(report), _threshold_table(report, speed)],
         next_commands=_next_commands(options),
     )
     _heading(console, "4", "Look around", f"open {written} in a browser: drag the threshold, hover over a token")
@@ -190,7 +191,7 @@ def _reindexed(
     )
 
 
-def _learn_text(options: DemoOptions, console: Console) -> tuple[LanguageReport, list[LoopTrace]]:
+def _learn_text(options: DemoOptions, console: Console) -> tuple[LanguageReport, SpeedUp, list[LoopTrace]]:
     config = text_config(options)
     _heading(
         console,
@@ -202,7 +203,7 @@ def _learn_text(options: DemoOptions, console: Console) -> tuple[LanguageReport,
     result = train(config, progress=Progress(console=console, every=15.0))
     model = result.model
     batches = build_data(config, cache=options.folder / "text" / "data").source(0).validation(32)
-    report = measure_language(model, batches)
+    report, speed = measure_language(model, batches), measure_writing(model, batches)
     console.print(
         Padding(_bars("loops -> loss on held-out text (nats per token)", report.depths.mean_losses.tolist()), (0, 3))
     )
@@ -213,7 +214,7 @@ def _learn_text(options: DemoOptions, console: Console) -> tuple[LanguageReport,
             skip.rule, f"{skip.mean_loops:.2f}", f"{skip.loss:.4f}", f"{skip.mixed_loss:.4f}", f"{fill.loss:.4f}"
         )
     console.print(Padding(table, (0, 3)))
-    console.print(f"   {verdict(report)}", highlight=False)
+    console.print(f"   {verdict(report, speed)}", highlight=False)
     passage = next(_passages(model, options.corpus))
     rule = report.middle.skip.rule
     reading = _traced(model, passage, title="Reading: held-out text, a model trained just now", name="demo")
@@ -230,18 +231,17 @@ def _learn_text(options: DemoOptions, console: Console) -> tuple[LanguageReport,
         name="demo",
     )
     print_tinted(console, writing.texts, writing.loops.tolist(), writing.max_loops, policy="last_exited")
-    return report, [reading, writing]
+    return report, speed, [reading, writing]
 
 
-def verdict(report: LanguageReport) -> str:
-    """What the middle threshold is worth, whichever way it went."""
+def verdict(report: LanguageReport, speed: SpeedUp) -> str:
+    """What stopping early is worth in the middle of the range, whichever way it went."""
     point = report.middle.skip
     side = "below" if point.gain > 0 else "ABOVE"
     return (
         f"At {point.mean_loops:.2f} loops the loss is {abs(point.gain):.4f} nats {side} random mixing of fixed depths; "
-        f"writing runs at {report.speeds['exit'].tokens_per_second:.0f} tokens/s with exits "
-        f"(mean {report.speeds['exit'].mean_loops:.2f} loops), {report.speeds['full'].tokens_per_second:.0f} at full "
-        f"depth: {report.speedup:.2f} times as fast."
+        f"writing at a mean of {speed.exit.mean_loops:.2f} makes {speed.exit.tokens_per_second:.0f} tokens/s, at full "
+        f"depth {speed.full.tokens_per_second:.0f}: {speed.ratio:.2f} times as fast."
     )
 
 
@@ -350,7 +350,7 @@ def _loops_table(report: LanguageReport) -> page.Table:
     return page.Table(title="What each loop is worth on held-out text", columns=["loops", "loss (nats)"], rows=rows)
 
 
-def _threshold_table(report: LanguageReport) -> page.Table:
+def _threshold_table(report: LanguageReport, speed: SpeedUp) -> page.Table:
     rows: list[list[str | int | float]] = [
         [row.skip.rule, row.skip.mean_loops, row.skip.loss, row.skip.mixed_loss, row.fill.loss] for row in report.rows
     ]
@@ -358,7 +358,7 @@ def _threshold_table(report: LanguageReport) -> page.Table:
         title="What stopping early costs",
         columns=["exit rule", "mean loops", "loss", "random mixing", "loss if planes are filled"],
         rows=rows,
-        note=verdict(report),
+        note=verdict(report, speed),
     )
 
 

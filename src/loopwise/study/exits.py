@@ -7,11 +7,11 @@ read the plane of its exit; saves work.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from loopwise.loops.drivers import bind_rule, run_until, unroll
@@ -20,6 +20,7 @@ from loopwise.memory.dense import check_policy
 from loopwise.models.looped_lm import LoopedLM
 
 
+@runtime_checkable
 class Sample(Protocol):
     """Rows of tokens with their targets; `loopwise.train.batches.Batch` is one."""
 
@@ -129,7 +130,7 @@ def measure_exit(
             assert out.logits is not None
             exits = replay(
                 bound,
-                states=out.states if "state" in bound.needs else None,
+                states=out.states,
                 signals=out.signals if "signal" in bound.needs else None,
                 logits=out.logits if "logits" in bound.needs else None,
                 start=model.initial_state(context),
@@ -170,7 +171,7 @@ def hazard_for(depths: Depths, mean_loops: float) -> str:
     return f"hazard:{round(high, 4)!r}"
 
 
-def rank_correlation(first: Float[np.ndarray, " units"], second: Float[np.ndarray, " units"]) -> float:
+def rank_correlation(first: Real[np.ndarray, " units"], second: Real[np.ndarray, " units"]) -> float:
     """Spearman's rank correlation, ties sharing their mean rank; NaN when either side never varies."""
     ranks = [_ranks(np.asarray(values, dtype=float)) for values in (first, second)]
     if any(rank.std() == 0 for rank in ranks):

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
@@ -14,10 +14,34 @@ from loopwise.models.looped_lm import LoopedLM
 class Speed:
     """One side of a comparison."""
 
-    tokens_per_second: float
-    """Generated tokens over wall time, the median of the rounds; reading the prompt is included."""
+    rates: tuple[float, ...]
+    """Generated tokens over wall time in each round; reading the prompt is included."""
     mean_loops: float
     """Loops per generated token."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.rates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedUp:
+    """Writing with an exit rule beside writing at full depth."""
+
+    rule: str
+    full: Speed
+    exit: Speed
+
+    @property
+    def ratios(self) -> list[float]:
+        """Times as fast, round by round, least first."""
+        return sorted(fast / slow for fast, slow in zip(self.exit.rates, self.full.rates, strict=True))
+
+    @property
+    def ratio(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.ratios)
 
 
 def compare_speed(
@@ -35,4 +59,25 @@ def compare_speed(
             loops[name] = sum(used) / len(used)
             if turn:
                 rates[name].append(len(used) / seconds)
-    return {name: Speed(tokens_per_second=statistics.median(rates[name]), mean_loops=loops[name]) for name in sides}
+    return {name: Speed(rates=tuple(rates[name]), mean_loops=loops[name]) for name in sides}
+
+
+def measure_speed(
+    model: LoopedLM, prompts: Sequence[Sequence[int]], sampling: Sampling, *, mean_loops: float, rounds: int = 3
+) -> SpeedUp:
+    """Write with the hazard rule whose mean on these prompts is nearest to `mean_loops`, and at full depth.
+
+    What a model writes is not what it has read, so a threshold that has this mean on a text has another one here.
+    """
+    low, high, nearest = 0.0, 1.0, (float("inf"), "")
+    for _ in range(7):
+        middle = (low + high) / 2
+        rule = f"hazard:{round(middle, 4)!r}"
+        done = generate(model, prompts, replace(sampling, exit=rule))
+        used = [count for completion in done for count in completion.loops]
+        mean = sum(used) / len(used)
+        nearest = min(nearest, (abs(mean - mean_loops), rule))
+        low, high = (middle, high) if mean < mean_loops else (low, middle)
+    rule = nearest[1]
+    sides = {"full": replace(sampling, exit=None), "exit": replace(sampling, exit=rule)}
+    return SpeedUp(rule=rule, **compare_speed(model, prompts, sides, rounds=rounds))
