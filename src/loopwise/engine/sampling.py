@@ -309,34 +309,39 @@ def _choose_open(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> I
     return torch.cat([torch.argmax(numbers, dim=-1) for numbers in noisy])
 
 
-def _choose_filtered(
-    logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw], width: int | None = None
-) -> Int[Tensor, " rows"]:
-    """The largest noisy logit among each row's survivors, judged by the row's `width` likeliest tokens.
+def _choose_filtered(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> Int[Tensor, " rows"]:
+    """The largest noisy logit among each row's survivors, judged by the row's likeliest tokens where they suffice.
 
     That is exact. Survivors are the beginning of the row's tokens in order of (probability, lower id), and what the
-    filters compare depends on that beginning alone; the one exception, the sum of a top-k that is wider than `width`,
-    is seen beforehand. So if fewer than `width` survive, nothing beyond would have. Which tokens were found does not
-    depend on how ties at the end were broken if the last survivor is likelier than the last token found. Rows of which
-    this cannot be said go through once more with the whole vocabulary sorted.
+    filters compare depends on that beginning alone; the one exception, the sum of a top-k that is wider than what was
+    looked at, is seen beforehand. So if not all that was looked at survives, nothing beyond would have. Which tokens
+    were looked at does not depend on how ties at their end were broken if the last survivor is likelier than the last
+    of them. Rows of which this cannot be said have their whole vocabulary sorted.
     """
     vocab = logits.shape[1]
-    width = min(width or _PREFIX, vocab)
+    width = min(_PREFIX, vocab)
     settings = [row.sampling for row in rows]
     heated = _heated(logits, settings)
     probabilities = torch.softmax(heated, dim=-1)
-    if width < vocab:
-        ordered, ids = _ordered_top(probabilities, width)
-    else:
-        ordered, ids = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    ordered, ids = _ordered_top(probabilities, width)
     survivors = _count_survivors(ordered, settings, vocab)
-    tokens = _choose_among(heated, ids[:, : max(int(survivors.max()), 1)], survivors, rows)
     if width < vocab:
         end = ordered.gather(1, (survivors - 1).clamp(min=0)[:, None])[:, 0]
         summed = torch.tensor([_sums_beyond(sampling, width, vocab) for sampling in settings], device=logits.device)
-        unsure = ((survivors == width) | (end <= ordered[:, -1]) | summed).nonzero()[:, 0]
-        if len(unsure):
-            tokens[unsure] = _choose_filtered(logits[unsure], [rows[i] for i in unsure.tolist()], vocab)
+        unsure = (survivors == width) | (end <= ordered[:, -1]) | summed
+    else:
+        unsure = torch.zeros_like(survivors, dtype=torch.bool)
+    tokens = torch.empty_like(survivors)
+    few, many = (~unsure).nonzero()[:, 0], unsure.nonzero()[:, 0]
+    if len(few):
+        tokens[few] = _choose_among(heated[few], ids[few], survivors[few], [rows[i] for i in few.tolist()])
+    if len(many):
+        theirs = [rows[i] for i in many.tolist()]
+        ordered, ids = torch.sort(probabilities[many], dim=-1, descending=True, stable=True)
+        survivors = _count_survivors(ordered, [row.sampling for row in theirs], vocab)
+        lost = torch.ones_like(ids, dtype=torch.bool)
+        lost.scatter_(1, ids, torch.arange(vocab, device=ids.device) >= survivors[:, None])
+        tokens[many] = _choose_open(logits[many].masked_fill(lost, -math.inf), theirs)
     return tokens
 
 
@@ -353,6 +358,7 @@ def _choose_among(
 ) -> Int[Tensor, " rows"]:
     """The largest noisy logit among the first `survivors` ids of each row."""
     vocab = heated.shape[1]
+    ids = ids[:, : max(int(survivors.max()), 1)]
     keep = torch.arange(ids.shape[1], device=ids.device) < survivors[:, None]
     # Sorted by id, those that are kept first: argmax takes the first of equals.
     ids = torch.where(keep, ids, ids + vocab).sort(-1).values
