@@ -90,11 +90,11 @@ class _Sequence:
     """Generated rows begun, for budget rules."""
     tokens: list[int] = field(default_factory=list)
 
-    def encode(self, tokens: Sequence[int], first: int) -> LMContext:
+    def encode(self, tokens: Int[Tensor, " rows"], first: int) -> LMContext:
         rows = slice(first, first + len(tokens))
         positions = self.memory.positions = self.positions[rows]
         return self.model.encode(
-            torch.tensor(tokens, device=positions.device),
+            tokens,
             positions=positions,
             rotary=Rotary(*(table[rows] for table in self.rotary)),
             memory=self.memory,
@@ -102,7 +102,7 @@ class _Sequence:
 
     def prefill(self, prompt: Sequence[int]) -> Float[Tensor, " vocab"]:
         """Prompt rows run every loop, in lock-step; the readout of the last one."""
-        context = self.encode(prompt, 0)
+        context = self.encode(torch.tensor(prompt, device=self.positions.device), 0)
         state = self.model.initial_state(context, self.sampling.start)
         for loop in range(1, self.max_loops + 1):
             state = self.model.step(state, context, loop)
@@ -113,7 +113,7 @@ class _Sequence:
     def decode(self, token: int, position: int) -> tuple[Float[Tensor, " vocab"], int]:
         """One generated row: its readout at the loop where the rule stops it, and that loop."""
         model, rule = self.model, self.rule
-        context = self.encode([token], position)
+        context = self.encode(torch.full((1,), token, device=self.positions.device), position)
         state = model.initial_state(context, self.sampling.start)
         tracker = rule.track(1, state.device)
         self.rows += 1
@@ -183,7 +183,7 @@ class Generation:
             certain, ended = self._take(token)
             yield from certain
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _next(self) -> int:
         """Run one more row, or at first the prompt, and choose the token that follows."""
         began = time.perf_counter()

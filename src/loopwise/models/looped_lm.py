@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from loopwise.errors import ConfigError, InputError
 from loopwise.loops.drivers import Collect, unroll
+from loopwise.loops.hazard import widen
 from loopwise.loops.protocol import LoopFacts, LoopModel
 from loopwise.memory.lockstep import LockstepMemory
 from loopwise.models.config import LoopedLMConfig
@@ -266,12 +267,13 @@ class LoopedLM(LoopModel):
         """Probability of stopping here, in float32 or wider (Ouro, eq. 3); None without a gate."""
         if self.gate is None:
             return None
-        seen = state if self.config.loop_norm else self.norm(state)
-        wide = torch.promote_types(seen.dtype, torch.float32)
-        device = seen.device.type
+        seen = widen(state if self.config.loop_norm else self.norm(state))
+        weight, bias, device = self.gate.weight, self.gate.bias, seen.device.type
+        if weight.dtype != seen.dtype:
+            weight, bias = weight.to(seen.dtype), bias.to(seen.dtype)
         # Autocast would take the product back to bfloat16, whose steps near 1 are coarser than thresholds.
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            logit = F.linear(seen.to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide))
+            logit = F.linear(seen, weight, bias)
         return torch.sigmoid(logit).squeeze(-1)
 
     def signal(self, state: Tensor, prediction: Tensor | None) -> Tensor | None:

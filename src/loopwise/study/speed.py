@@ -70,7 +70,7 @@ def measure_speed(
     What a model writes is not what it has read, so a threshold that has this mean on a text has another one here.
     """
     low, high, nearest = 0.0, 1.0, (float("inf"), "")
-    for _ in range(7):
+    for _ in range(9):
         middle = (low + high) / 2
         rule = f"hazard:{round(middle, 4)!r}"
         done = generate(model, prompts, replace(sampling, exit=rule))
