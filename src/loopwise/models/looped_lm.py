@@ -3,7 +3,7 @@
 Axes: B batch, T tokens, R loops, D width, V vocabulary, N rows; "..." is (B, T) or a flat list of rows.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -20,6 +20,7 @@ from loopwise.loops.hazard import widen
 from loopwise.loops.protocol import LoopFacts, LoopModel
 from loopwise.memory.lockstep import LockstepMemory
 from loopwise.models.config import LoopedLMConfig
+from loopwise.models.scoring import score
 from loopwise.nn.attention import Attention, CausalMemory, Memory, Plane
 from loopwise.nn.block import Block, Stack
 from loopwise.nn.mlp import GatedMLP
@@ -297,6 +298,52 @@ class LoopedLM(LoopModel):
             loop_logits=out.logits,
             loop_states=out.states,
             loop_signals=out.signals,
+        )
+
+    def score(
+        self,
+        tokens: Int[Tensor, "*batch tokens"] | Sequence[int],
+        loops: Int[Tensor, "*batch generated"] | Sequence[int],
+        prompt_length: int | Int[Tensor, " batch"],
+        *,
+        policy: str = "per_loop",
+        start_seed: int | Literal["zero"] | None = None,
+        max_loops: int | None = None,
+        padding_mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "*batch generated"]:
+        """Log-probabilities of generated tokens at the depths they were generated at, with gradients.
+
+        Raw log-softmax in nats, before temperature, penalty and bias, in float32 or wider. It equals what the
+        generator reported; depths are constants.
+
+        Args:
+            tokens: prompt and answer, (T,) or (B, T).
+            loops: loops of the row that emitted each generated token, as the generator records them, (G,) or (B, G);
+                what stands beyond a shorter answer's end does not matter.
+            prompt_length: real tokens of the prompt, for all sequences or each.
+            policy: the generator's: "per_loop" (rows ran on to fill their planes) or "last_exited" (a reader at loop d
+                finds loop min(d, e) of a token that stopped at e, and only loops up to e are run).
+            start_seed: what the generator started from, in random-start models: a seed or "zero"; None for the model's
+                own.
+            max_loops: loops of prompt rows; None for the largest of `loops`, which is what emitted the first token.
+            padding_mask: True where a token is real; padding may stand on either side.
+
+        Returns:
+            (G,) or (B, G); zero beyond a shorter answer's end.
+
+        Raises:
+            InputError: for lengths or loops that do not fit together.
+            ConfigError: for an unknown policy, or a start that the model cannot take.
+        """
+        return score(
+            self,
+            tokens,
+            loops,
+            prompt_length,
+            policy=policy,
+            start_seed=start_seed,
+            max_loops=max_loops,
+            padding_mask=padding_mask,
         )
 
     def open_rows(self, state: Tensor, context: LMContext) -> tuple[Tensor, LMContext]:
