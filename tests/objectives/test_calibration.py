@@ -80,7 +80,7 @@ def test_metrics() -> None:
     plan = objective.plan(seed=0, step=0, micro=0)
     losses = LOSSES[:, None, None] * mask
     figures = objective.metrics(ObjectiveInputs(plan=plan, mask=mask, hazards=hazards), losses)
-    wanted = [sigmoid(50 * (gain - 0.005)) for gain in GAINS["best-later"]]
+    wanted = [sigmoid(objective.sharpness * (gain - objective.gamma)) for gain in GAINS["best-later"]]
     assert figures["go_on_wanted"] == pytest.approx(sum(wanted) / 3)
     assert figures["gate_agreement"] == pytest.approx(2 / 3)
     assert figures["loss_loop_3"] == pytest.approx(1.9)
@@ -88,7 +88,7 @@ def test_metrics() -> None:
 
 
 def test_the_rule_is_always_named() -> None:
-    assert str(Calibration()) == "calibrate:rule=next-loop"
+    assert str(Calibration()) == "calibrate:rule=best-later"
     assert Calibration.trains == "gate"
 
 

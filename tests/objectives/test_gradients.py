@@ -107,7 +107,7 @@ def every(losses: list[Tensor], hazards: list[Tensor]) -> Tensor:
         ("last", last),
         ("every", every),
         ("expected:beta=0.07", stage_one),
-        ("calibrate:rule=as-written,sharpness=7", stage_two),
+        ("calibrate:rule=as-written,sharpness=7,gamma=0.005", stage_two),
     ],
 )
 def test_total_and_gradient_equal_the_plain_formula(toy: Toy, text: str, formula: Formula) -> None:
@@ -139,7 +139,7 @@ def test_total_and_gradient_equal_the_plain_formula(toy: Toy, text: str, formula
         "every",
         "expected:beta=0.07",
         "expected:beta=0.2,beta_end=0.01,uniform_until=0.5",
-        "calibrate:rule=as-written,sharpness=7",
+        "calibrate:rule=as-written,sharpness=7,gamma=0.005",
         "calibrate:rule=unclamped,sharpness=7",
         "calibrate:rule=next-loop,sharpness=7",
         "calibrate:rule=best-later,sharpness=7",

@@ -59,7 +59,7 @@ def test_calibration_takes_the_loops_of_the_model(
     train(first, progress=watch())
     dials = CalibrateDials(init=first.run, corpus=str(corpus), steps=3, rows=2, context=16)
     recipe = find_preset("calibrate").build(dials)
-    assert recipe.config.stages[0].objective == "calibrate:loops=2,rule=next-loop"
+    assert recipe.config.stages[0].objective == "calibrate:loops=2,rule=best-later"
     asked = find_preset("calibrate").build(dataclasses.replace(dials, loops=3, rule="unclamped"))
     assert asked.config.stages[0].objective == "calibrate:loops=3,rule=unclamped"
     result = train(small(recipe.config, tmp_path / "second", corpus), progress=watch())

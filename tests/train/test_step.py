@@ -140,7 +140,7 @@ OBJECTIVES: dict[str, Formula] = {
     "random-depth:loops=3,sampler=fixed,backprop=2": last,
     "random-depth:loops=2,sampler=uniform,backprop=none": last,
 } | {
-    f"calibrate:loops=3,sharpness=7,rule={rule}": calibration(rule)
+    f"calibrate:loops=3,sharpness=7,gamma=0.005,rule={rule}": calibration(rule)
     for rule in ("as-written", "unclamped", "next-loop", "best-later")
 }
 

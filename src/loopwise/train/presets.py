@@ -75,7 +75,7 @@ class CalibrateDials:
     """The checkpoint whose gate is to be calibrated."""
     corpus: str = "python"
     """What to read (see docs/data.md)."""
-    rule: LabelRule = "next-loop"
+    rule: LabelRule = "best-later"
     """How the worth of another loop is judged (see docs/objectives.md)."""
     loops: int | None = None
     """Loops to judge; none: as many as the model runs by itself."""
@@ -160,7 +160,7 @@ def ouro_tiny(dials: TextDials) -> Recipe:
         stages.append(
             StageConfig(
                 name="stage II",
-                objective=f"calibrate:loops={dials.loops},rule=next-loop",
+                objective=f"calibrate:loops={dials.loops},rule=best-later",
                 steps=calibration,
                 rows=dials.rows,
                 context=dials.context,
