@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from loopwise.engine.reference import Completion, generate
+from loopwise.engine.answer import Completion
+from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
 from loopwise.errors import ConfigError, InputError
 from loopwise.models.looped_lm import LoopedLM
@@ -174,16 +175,20 @@ def test_work_stops_where_rows_stop() -> None:
         ),
         (3, (1,), 0, {}, "prompt_length=[0] of [3] tokens: allowed is 1 or more, and fewer than there are tokens"),
         (3, (1,), 3, {}, "prompt_length=[3] of [3] tokens: allowed is 1 or more, and fewer than there are tokens"),
-        (3, ((1,),), 2, {}, "tokens are [1, 3], loops [1, 1, 1]: give both for the same sequences"),
     ],
 )
 def test_refusals_are_one_line(
-    tokens: int, loops: tuple[object, ...], prompt: int, changes: dict[str, int], message: str
+    tokens: int, loops: tuple[int, ...], prompt: int, changes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(InputError) as error:
-        tiny().score(torch.arange(tokens), torch.tensor(loops), prompt, **changes)
+        tiny().score(torch.arange(tokens), loops, prompt, **changes)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_sequences_and_loops_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^tokens are \[3\], loops \[1, 1\]: give both for the same sequences$"):
+        tiny().score((0, 1, 2), torch.tensor([[1]]), 2)
 
 
 def test_an_unknown_policy_and_an_unfit_start_are_refused() -> None:

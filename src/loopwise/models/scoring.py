@@ -39,13 +39,13 @@ def score(
     device = model.embed.weight.device
     tokens = torch.as_tensor(tokens, device=device)
     loops = torch.as_tensor(loops, device=device)
-    single = tokens.dim() == 1
-    if single:
-        tokens, loops = tokens[None], loops[None]
     if loops.shape[:-1] != tokens.shape[:-1]:
         raise InputError(
             f"tokens are {list(tokens.shape)}, loops {list(loops.shape)}: give both for the same sequences"
         )
+    single = tokens.dim() == 1
+    if single:
+        tokens, loops = tokens[None], loops[None]
     check_policy(policy)
     answers = _check(tokens, loops, prompt_length, max_loops, padding_mask)
     check_loops(model, answers.max_loops)
