@@ -5,7 +5,7 @@ Axes: B batch, T tokens, R loops, D width, V vocabulary, N rows; "..." is (B, T)
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from loopwise.nn.block import Block, Stack
 from loopwise.nn.mlp import GatedMLP
 from loopwise.nn.noise import truncated_normal
 from loopwise.nn.norms import RMSNorm
+from loopwise.nn.packed import Linear, Packed, lent, pack
 from loopwise.nn.rotary import Rotary, rotary_tables
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class LMContext:
     """False at padding; None when there is none."""
     mask: Bool[Tensor, "batch one tokens tokens"] | None = None
     """Which token may read which; None means plain causal."""
+    packs: dict[Linear, Packed] = field(default_factory=dict)
+    """Packed weights of the core, see `LoopedLM.pack`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +168,7 @@ class LoopedLM(LoopModel):
             positions = count_positions(inputs, padding_mask, documents)
         if memory is None:
             mask = attention_mask(inputs, padding_mask, documents)
-            memory = CausalMemory(mask)
+            memory = CausalMemory(mask if mask is None else self._added(mask))
         if rotary is None:
             rotary = self.rotary(positions)
         config = self.config
@@ -182,6 +185,21 @@ class LoopedLM(LoopModel):
         return rotary_tables(
             positions, config.head_width, config.rotary_base, self.embed.weight.dtype, config.rotary_scaling
         )
+
+    def _added(self, mask: Bool[Tensor, "batch one tokens tokens"]) -> Tensor:
+        """The mask as every layer and loop would turn it into on a CPU: numbers to add to the scores."""
+        dtype = self.embed.weight.dtype
+        if mask.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+    def pack(self, context: LMContext) -> LMContext:
+        """The same context with the core's weights packed for it, which makes training on a CPU faster.
+
+        Worth it for more than one loop. Good until the weights change; where it would not help it changes nothing.
+        """
+        rows = context.injected.numel() // self.config.width
+        return replace(context, packs=pack(self.core.modules(), rows=rows))
 
     def _check_tokens(self, tokens: Tensor, *, known_length: bool) -> None:
         if tokens.numel() == 0:
@@ -238,13 +256,15 @@ class LoopedLM(LoopModel):
         # Other planes hold Python state that changes with every loop: after a few graphs torch.compile would give up
         # without a word, for training too.
         if self._compiled is None or not isinstance(plane, CausalMemory):
-            return self._loop(state, injected, context.rotary, plane)
+            with lent(context.packs):
+                return self._loop(state, injected, context.rotary, plane)
         # The compiler looks at requires_grad, and each combination would be one more graph.
         if not torch.is_grad_enabled():
             state, injected = state.detach(), injected.detach()
         elif not state.requires_grad:
             state = state.detach().requires_grad_()
-        return self._compiled(self, state, injected, context.rotary, plane)
+        with lent(context.packs):
+            return self._compiled(self, state, injected, context.rotary, plane)
 
     def _loop(self, state: Tensor, injected: Tensor, rotary: Rotary, plane: Plane) -> Tensor:
         if self.adapter is not None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from loopwise.nn.norms import RMSNorm
+from loopwise.nn.packed import Linear
 from loopwise.nn.rotary import Rotary, RotaryLayout, rotate
 
 
@@ -33,9 +34,9 @@ def attend_dense(
     q: Float[Tensor, "batch queries heads head_width"],
     k: Float[Tensor, "batch keys kv_heads head_width"],
     v: Float[Tensor, "batch keys kv_heads head_width"],
-    mask: Bool[Tensor, "#batch #one queries keys"] | None,
+    mask: Bool[Tensor, "#batch #one queries keys"] | Float[Tensor, "#batch #one queries keys"] | None,
 ) -> Float[Tensor, "batch queries heads head_width"]:
-    """Softmax attention; `mask` is True where a query may read a key, None means plain causal."""
+    """Softmax attention; `mask` is True where a query may read a key, or added to the scores; None: plain causal."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -50,8 +51,12 @@ def attend_dense(
 class CausalMemory:
     """No memory at all: every pass sees the whole sequence at once, so each plane is what was just computed."""
 
-    def __init__(self, mask: Bool[Tensor, "#batch one tokens tokens"] | None = None) -> None:
+    def __init__(
+        self,
+        mask: Bool[Tensor, "#batch one tokens tokens"] | Float[Tensor, "#batch one tokens tokens"] | None = None,
+    ) -> None:
         self.mask = mask
+        """See `attend_dense`."""
 
     def plane(self, loop: int) -> "CausalMemory":
         """The same object for every loop: a compiled core then never sees a loop index."""
@@ -93,8 +98,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.rotary_layout: RotaryLayout = rotary
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=False)
-        self.out = nn.Linear(heads * head_width, width, bias=False)
+        self.qkv = Linear(width, (heads + 2 * kv_heads) * head_width)
+        self.out = Linear(heads * head_width, width)
         self.qk_bias = nn.Parameter(torch.zeros(heads + kv_heads, head_width)) if qk_bias else None
         # OLMo-2 normalises queries and keys over all heads together, before they are split.
         self.q_norm = RMSNorm(heads * head_width, qk_norm_eps) if qk_norm_eps is not None else None
