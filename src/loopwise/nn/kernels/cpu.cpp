@@ -75,7 +75,8 @@ template <typename T, int width = 1> inline Vector<T> lane_sums(Vector<T>* a) {
 // ---------------------------------------------------------------------------------------------------------- attention
 
 constexpr int BLOCK = 64;     // slots whose scores are known before their values are read; they fit the first cache
-constexpr int TILE = 16;      // rows of one table row that share what is read of it
+constexpr int TILE = 32;      // rows of one table row that share what is read of it
+constexpr int WORTH_PACKING = 4;  // queries of one key-value head
 constexpr int SHORTEST = 32;  // slots that are worth a task of their own
 constexpr int SHARES = 8;     // tasks per thread, so that unequal lengths even out
 
@@ -101,92 +102,127 @@ struct Part {
     int64_t begin, end;
 };
 
-// What the online softmax (Milakov and Gimelshein 2018) carries for one query: sum of exp(score - maximum) * value and
-// of exp(score - maximum). K + 2 numbers: sums, total, maximum.
-template <typename T> struct State {
-    T* at;
-    int64_t K;
-    T* sums() { return at; }
-    T& total() { return at[K]; }
-    T& maximum() { return at[K + 1]; }
+// Where the keys and values of a block's slots lie; filled up to BLOCK with the last slot.
+template <typename T> struct Block {
+    const T *key[BLOCK], *value[BLOCK];
 };
 
-// sums[k] += weight[s] * value[s][k] for C vectors of k.
+// One head of a block, copied together. In the pool the slots of one head are a power of two apart and fall upon the
+// same few lines of the first cache, so what several queries read would never stay there.
+template <typename T> void pack(const Block<T>& from, int64_t offset, int64_t K, T* room, Block<T>& to) {
+    for (int64_t s = 0; s < BLOCK; ++s) {
+        T *key = room + 2 * s * K, *value = key + K;
+        to.key[s] = std::copy_n(from.key[s] + offset, K, key) - K;
+        to.value[s] = std::copy_n(from.value[s] + offset, K, value) - K;
+    }
+}
+
+// What the online softmax (Milakov and Gimelshein 2018) carries for one query: sums of exp(score - maximum) * value,
+// the total of exp(score - maximum), and the maximum; K + 2 numbers.
+template <typename T> struct State {
+    T* sums;
+    T &total, &maximum;
+    State(T* at, int64_t K) : sums(at), total(at[K]), maximum(at[K + 1]) {}
+};
+
+// a[j] += the products of C vectors of q with those of W keys. Asks for the values, if they are `far`, which come next.
+template <typename T, int C, bool far>
+inline void add_products(Vector<T>* a, const T* q, const T* const* key, const T* const* value, int64_t offset) {
+    constexpr int W = LANES<T>;
+    Vector<T> part[C];
+    for (int c = 0; c < C; ++c) part[c] = load(q + c * W);
+    for (int j = 0; j < W; ++j)
+        for (int c = 0; c < C; ++c) {
+            if constexpr (far) __builtin_prefetch(value[j] + offset + c * W);
+            a[j] += part[c] * load(key[j] + offset + c * W);
+        }
+}
+
+// sums += weight[s] * value[s] for C vectors of the head; two slots at a time, as one sum would wait for itself.
 template <typename T, int C>
 inline void add_values(T* sums, const T* weight, const T* const* value, int64_t offset, int64_t count) {
     constexpr int W = LANES<T>;
-    Vector<T> a[C];
-    for (int c = 0; c < C; ++c) a[c] = load(sums + c * W);
-    for (int64_t s = 0; s < count; ++s)
-        for (int c = 0; c < C; ++c) a[c] += weight[s] * load(value[s] + offset + c * W);
-    for (int c = 0; c < C; ++c) store(sums + c * W, a[c]);
+    Vector<T> even[C], odd[C] = {};
+    for (int c = 0; c < C; ++c) even[c] = load(sums + c * W);
+    int64_t s = 0;
+    for (; s + 1 < count; s += 2)
+        for (int c = 0; c < C; ++c) {
+            even[c] += weight[s] * load(value[s] + offset + c * W);
+            odd[c] += weight[s + 1] * load(value[s + 1] + offset + c * W);
+        }
+    if (s < count)
+        for (int c = 0; c < C; ++c) even[c] += weight[s] * load(value[s] + offset + c * W);
+    for (int c = 0; c < C; ++c) store(sums + c * W, even[c] + odd[c]);
 }
 
-// One query and one block of `count` slots. The pointer lists are filled up to BLOCK with the last slot.
-template <typename T>
-void attend_block(const T* q, const T* const* key, const T* const* value, int64_t offset, int64_t count, int64_t K,
-                  T scale, State<T> state) {
+// One query over the first `count` slots of a block.
+template <typename T, bool far>
+void attend_block(const T* q, const Block<T>& block, int64_t offset, int64_t count, int64_t K, T scale, State<T> state) {
     constexpr int W = LANES<T>;
     T score[BLOCK];
-    const int64_t whole = K - K % W;
     for (int64_t s = 0; s < count; s += W) {
-        Vector<T> a[W];
-        for (int j = 0; j < W; ++j) {
-            const T *k_at = key[s + j] + offset, *v_at = value[s + j] + offset;
-            Vector<T> sum = {};
-            for (int64_t k = 0; k < whole; k += W) {
-                __builtin_prefetch(v_at + k);
-                sum += load(q + k) * load(k_at + k);
-            }
-            if (whole < K) sum += load_some(q + whole, K - whole) * load_some(k_at + whole, K - whole);
-            a[j] = sum;
-        }
+        const T *const *key = block.key + s, *const *value = block.value + s;
+        Vector<T> a[W] = {};
+        int64_t k = 0;
+        for (; k + 4 * W <= K; k += 4 * W) add_products<T, 4, far>(a, q + k, key, value, offset + k);
+        for (; k + W <= K; k += W) add_products<T, 1, far>(a, q + k, key, value, offset + k);
+        if (k < K)
+            for (int j = 0; j < W; ++j) a[j] += load_some(q + k, K - k) * load_some(key[j] + offset + k, K - k);
         store(score + s, lane_sums<T>(a) * scale);
     }
 
-    T maximum = state.maximum(), total = 0;
+    T maximum = state.maximum, total = 0;
     for (int64_t s = 0; s < count; ++s) maximum = std::max(maximum, score[s]);
     for (int64_t s = 0; s < count; ++s) score[s] = std::exp(score[s] - maximum);
     for (int64_t s = 0; s < count; ++s) total += score[s];
-    const T keep = std::exp(state.maximum() - maximum);
-    state.maximum() = maximum;
-    state.total() = state.total() * keep + total;
+    const T keep = std::exp(state.maximum - maximum);
+    state.maximum = maximum;
+    state.total = state.total * keep + total;
 
-    T* sums = state.sums();
+    T* sums = state.sums;
     for (int64_t k = 0; k < K; ++k) sums[k] *= keep;
     int64_t k = 0;
-    for (; k + 4 * W <= K; k += 4 * W) add_values<T, 4>(sums + k, score, value, offset + k, count);
-    for (; k + W <= K; k += W) add_values<T, 1>(sums + k, score, value, offset + k, count);
+    for (; k + 4 * W <= K; k += 4 * W) add_values<T, 4>(sums + k, score, block.value, offset + k, count);
+    for (; k + W <= K; k += W) add_values<T, 1>(sums + k, score, block.value, offset + k, count);
     for (; k < K; ++k)
-        for (int64_t s = 0; s < count; ++s) sums[k] += score[s] * value[s][offset + k];
+        for (int64_t s = 0; s < count; ++s) sums[k] += score[s] * block.value[s][offset + k];
 }
 
 // All queries of a tile over its slots begin .. end. Returns false when the table names a slot that does not exist.
 template <typename T> bool attend_part(const Attention<T>& a, const Part& part, T* states) {
     const Tile& tile = *part.tile;
     const int32_t* slots = a.table + a.rows[tile.first] * a.table_stride;
-    const int64_t stride = a.K + 2, group = a.H / a.G;
+    const int64_t K = a.K, stride = K + 2, group = a.H / a.G;
     for (int64_t i = 0; i < tile.count * a.H; ++i) {
-        std::fill_n(states + i * stride, a.K + 1, T(0));
-        states[i * stride + a.K + 1] = LOWEST<T>;
+        std::fill_n(states + i * stride, K + 1, T(0));
+        states[i * stride + K + 1] = LOWEST<T>;
     }
-    const T *key[BLOCK], *value[BLOCK];
+    const bool packs = tile.count * group >= WORTH_PACKING;
+    thread_local std::vector<T> room;
+    if (packs) room.resize(2 * BLOCK * K);
+    Block<T> block, packed;
     for (int64_t begin = part.begin; begin < part.end; begin += BLOCK) {
         const int64_t count = std::min<int64_t>(BLOCK, part.end - begin);
         for (int64_t s = 0; s < BLOCK; ++s) {
             const int64_t slot = slots[begin + std::min(s, count - 1)];
             if (slot < 0 || slot >= a.S) return false;
-            key[s] = a.keys + slot * a.key_stride;
-            value[s] = a.values + slot * a.value_stride;
+            block.key[s] = a.keys + slot * a.key_stride;
+            block.value[s] = a.values + slot * a.value_stride;
         }
-        for (int64_t g = 0; g < a.G; ++g)
-            for (int64_t r = 0; r < tile.count; ++r) {
+        for (int64_t g = 0; g < a.G; ++g) {
+            if (packs) pack(block, g * K, K, room.data(), packed);
+            for (int64_t query = 0; query < tile.count * group; ++query) {
+                const int64_t r = query / group, h = g * group + query % group;
                 const int64_t live = std::min(count, a.lengths[tile.first + r] - begin);
                 if (live <= 0) continue;
-                for (int64_t h = g * group; h < (g + 1) * group; ++h)
-                    attend_block(a.q + ((tile.first + r) * a.H + h) * a.K, key, value, g * a.K, live, a.K, a.scale,
-                                 State<T>{states + (r * a.H + h) * stride, a.K});
+                const T* q = a.q + ((tile.first + r) * a.H + h) * K;
+                const State<T> state(states + (r * a.H + h) * stride, K);
+                if (packs)
+                    attend_block<T, false>(q, packed, 0, live, K, a.scale, state);
+                else
+                    attend_block<T, true>(q, block, g * K, live, K, a.scale, state);
             }
+        }
     }
     return true;
 }
