@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from loopwise.engine.engine import Engine as Engine
     from loopwise.engine.reference import generate as generate
     from loopwise.engine.sampling import Sampling as Sampling
     from loopwise.hub.checkpoints import load as load
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Engine": "loopwise.engine.engine",
     "LoopTrace": "loopwise.trace",
     "LoopedLM": "loopwise.models.looped_lm",
     "LoopedLMConfig": "loopwise.models.config",

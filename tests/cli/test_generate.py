@@ -136,7 +136,7 @@ def test_json_without_a_tokenizer(talk: Talk) -> None:
 
 
 def test_samples(talk: Talk) -> None:
-    words = (PROMPT, "max_tokens=4", "temperature=1", "samples=3")
+    words = (PROMPT, "max_tokens=4", "temperature=1", "n=3")
     found = json.loads(talk(*words, "--json")[1])
     texts = [sample["text"] for sample in found["samples"]]
     assert [sample["sample"] for sample in found["samples"]] == [0, 1, 2]
@@ -298,7 +298,7 @@ class TestTraces:
 
     def test_a_page_of_several_samples(self, talk: Talk, tmp_path: Path) -> None:
         page = tmp_path / "a.html"
-        assert talk("Hi", "max_tokens=3", "temperature=1", "samples=2", "--page", page, "--json")[2] == ""
+        assert talk("Hi", "max_tokens=3", "temperature=1", "n=2", "--page", page, "--json")[2] == ""
         text = page.read_text()
         assert "sample 1" in text
         assert "sample 2" in text
@@ -404,13 +404,13 @@ class TestInterrupt:
         (("a", "exit=halt:0"), "exit rule 'halt:0.0' reads a halt_logit; this model's signal is hazard"),
         (("a", "min_loops=5"), "min_loops=5: allowed is 1 to max_loops=4"),
         (("a", "start=3"), "start=3: this model starts from embeddings"),
-        (("a", "samples=2"), "samples=2 would be equal at temperature=0"),
-        (("a", "temperature=1", "samples=0"), "samples=0: allowed is 1 or more"),
+        (("a", "n=2"), "n=2 would be equal at temperature=0"),
+        (("a", "temperature=1", "n=0"), "n=0: allowed is 1 or more"),
         (("ids=1,x",), "ids: expected a list of integer or none"),
         (("ids=1,320",), "token id 320 is not in the model's vocabulary; ids run from 0 to 319"),
         (("x" * 512,), "the prompt has 512 tokens; the context holds 512"),
         (("a", "--compare"), "--compare needs an exit rule"),
-        (("a", "--trace", "t", "temperature=1", "samples=2"), "--trace saves one answer"),
+        (("a", "--trace", "t", "temperature=1", "n=2"), "--trace saves one answer"),
         (("--file", "/nowhere/to/be/found"), "there is no file /nowhere/to/be/found"),
         (("--file", "/"), "/ is a folder"),
         (("a", "--show-loop"), "no such option: --show-loop; did you mean --show-loops"),

@@ -10,7 +10,8 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 
-from loopwise.engine.reference import Completion, Emission, generate
+from loopwise.engine.answer import Completion, Emission
+from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling, choose
 from loopwise.errors import ConfigError, InputError, LoopRangeWarning
 from loopwise.hub.checkpoints import load

@@ -14,7 +14,7 @@ from loopwise.errors import ConfigError, InputError, NotFoundError
 
 if TYPE_CHECKING:
     from loopwise.cli.models import GenerateConfig
-    from loopwise.engine.reference import Completion
+    from loopwise.engine.answer import Completion
     from loopwise.models.looped_lm import LoopedLM
     from loopwise.trace import LoopTrace
 
@@ -61,8 +61,8 @@ def command(
         raise ConfigError("--json prints data and --show-loops colours; give one of them")
     if compare and config.exit is None:
         raise ConfigError("--compare needs an exit rule to compare with full depth; type for example exit=hazard:0.6")
-    if trace is not None and config.samples > 1:
-        raise ConfigError(f"--trace saves one answer, and samples={config.samples}; type --page, or leave samples out")
+    if trace is not None and config.n > 1:
+        raise ConfigError(f"--trace saves one answer, and n={config.n}; type --page, or leave n out")
     accept_any_text()
     loaded = load_model(model, config)
     answers = answer(loaded, text, config, quiet=as_json, show_loops=show_loops)
@@ -76,7 +76,7 @@ def command(
     except KeyboardInterrupt:
         interrupted = True
     if as_json:
-        typer.echo(json.dumps({"model": model} | (found[0] if config.samples == 1 else {"samples": found})))
+        typer.echo(json.dumps({"model": model} | (found[0] if config.n == 1 else {"samples": found})))
     else:
         remarks(loaded, answers, found, trace=trace, page=page)
     if interrupted:
@@ -133,11 +133,11 @@ def answer(
 
     check_loops(model, config.max_loops or model.config.loops)
     answers: list[Answer] = []
-    for sample in range(config.samples):
+    for sample in range(config.n):
         with loops_known():
             generation = stream(model, prompt, config, policy=config.policy, sample=sample)
-        if config.samples > 1 and not quiet:
-            typer.echo(f"{'' if sample == 0 else chr(10)}== {sample + 1} of {config.samples}")
+        if config.n > 1 and not quiet:
+            typer.echo(f"{'' if sample == 0 else chr(10)}== {sample + 1} of {config.n}")
         if quiet:
             interrupted = not run(generation, lambda emission: None)
         else:
@@ -266,7 +266,7 @@ def record(model: "LoopedLM", name: str, answer: Answer, config: "GenerateConfig
             start=config.start,
             rule=answer.rule,
             policy=answer.policy,
-            title=f"{name}, {answer.rule}" + (f", sample {done.sample + 1}" if config.samples > 1 else ""),
+            title=f"{name}, {answer.rule}" + (f", sample {done.sample + 1}" if config.n > 1 else ""),
             name=name,
         )
 

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from loopwise.configuration import build
-from loopwise.engine.reference import Completion, Emission, Generation
+from loopwise.engine.answer import Completion, Emission
+from loopwise.engine.reference import Generation
 from loopwise.engine.sampling import Sampling
 from loopwise.errors import ConfigError, LoopRangeWarning
 from loopwise.hub.checkpoints import load
@@ -50,15 +51,11 @@ class GenerateConfig(TalkConfig):
 
     ids: tuple[int, ...] | None = None
     """The prompt as token ids, such as ids=1,2,3; for models without a tokenizer."""
-    samples: int = 1
-    """Answers to the prompt; each draws its own noise, so they need a temperature."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.samples < 1:
-            raise ConfigError(f"samples={self.samples}: allowed is 1 or more")
-        if self.samples > 1 and self.temperature == 0:
-            raise ConfigError(f"samples={self.samples} would be equal at temperature=0; type: temperature=0.8")
+        if self.n > 1 and self.temperature == 0:
+            raise ConfigError(f"n={self.n} would be equal at temperature=0; type: temperature=0.8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +64,13 @@ class ChatConfig(TalkConfig):
 
     max_tokens: int = 256
     """Tokens of one reply at most."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n != 1:
+            raise ConfigError(
+                f"n={self.n}: a chat has one reply; for several answers type: loopwise generate MODEL ..."
+            )
 
 
 def read_settings(cls: type[Settings], words: Sequence[str]) -> Settings:

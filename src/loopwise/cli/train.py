@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,10 @@ def command(
     Words that are no dial of the preset are settings of the run (`optimizer.name=muon`, `device=cuda`). The same
     command, typed again, goes on from the newest checkpoint; so does `--resume FOLDER`. docs/training.md has the rest.
     """
+    # Read once, when torch is loaded: threads that wait for each other then sleep instead of spinning, see
+    # docs/training.md.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from loopwise.train.config import TrainConfig
     from loopwise.train.run import train
 

@@ -6,69 +6,20 @@ token that stops does not run its remaining loops.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopwise.engine.sampling import Sampling, choose, log_probability
-from loopwise.engine.text import TextStream
+from loopwise.engine.answer import Answer, Completion, Emission
+from loopwise.engine.sampling import Sampling, choose, likeliest, log_probability
 from loopwise.errors import ConfigError, InputError
 from loopwise.loops.drivers import bind_rule, check_loops
 from loopwise.loops.exits import Budget, ExitRule, Observation
 from loopwise.memory.dense import DenseMemory, DensePolicy, check_policy
 from loopwise.models.looped_lm import LMContext, LoopedLM
 from loopwise.nn.rotary import Rotary
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What one prompt was answered with."""
-
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    """Generated token ids, the end-of-text token included."""
-    text: str | None
-    """Decoded text without stop strings; None when the model has no tokenizer. An unfinished character shows as
-    U+FFFD, but is left out of an aborted answer."""
-    loops: tuple[int, ...]
-    """Loops of the row that emitted each token, that is of the position before it."""
-    logprobs: tuple[float, ...]
-    """Log-probability of each token in nats, at the loop it left, before temperature and filters."""
-    finish_reason: str
-    """"stop" (end of text or a stop string), "length" (max_tokens), "context" (no room left) or "abort" (nobody asked
-    for more tokens)."""
-    kv_bytes: int
-    """Bytes of keys and values held at the end."""
-    sample: int = 0
-    """Which of several answers to one prompt this is."""
-    seconds: float = field(default=0.0, compare=False)
-    """Time it all took, printing aside."""
-    prompt_seconds: float = field(default=0.0, compare=False)
-    """The part of it that the prompt took, and with it the first token."""
-
-    @property
-    def mean_loops(self) -> float:
-        """Mean over the generated tokens; NaN when there are none."""
-        return sum(self.loops) / len(self.loops) if self.loops else float("nan")
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens per second after the first one; None when there is no other."""
-        rest = self.seconds - self.prompt_seconds
-        return (len(self.tokens) - 1) / rest if len(self.tokens) > 1 and rest > 0 else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Emission:
-    """One token as it leaves, for those who watch."""
-
-    token: int
-    loops: int
-    logprob: float
-    text: str | None = None
-    """What this token adds to the answer's text (nothing in the middle of a character); None without a tokenizer."""
 
 
 @dataclass
@@ -155,93 +106,53 @@ class Generation:
     Who stops early, be it by an interrupt, finds what there is in `completion` and `held`.
     """
 
-    def __init__(
-        self, sequence: _Sequence, prompt: tuple[int, ...], *, room: int, sample: int, ends: Sequence[int]
-    ) -> None:
+    def __init__(self, sequence: _Sequence, answer: Answer) -> None:
         self._sequence = sequence
-        self._room = room
-        self._sample = sample
-        self._ends = ends
-        tokenizer = sequence.model.tokenizer
-        self._stream = None if tokenizer is None else TextStream(tokenizer, sequence.sampling.stop)
-        self._made: list[Emission] = []
-        """Every token so far, without text."""
-        self._texts: list[str] = []
-        """Texts of the tokens that were given out."""
-        self._reason = "abort"
+        self._answer = answer
         self._prompt_seconds = 0.0
         self._seconds = 0.0
-        self.prompt = prompt
+        self.prompt = answer.prompt
         self.rule = sequence.rule
         self.policy: str = sequence.policy
         self.max_loops = sequence.max_loops
 
     def __iter__(self) -> Iterator[Emission]:
-        ended = False
-        while not ended:
-            token = self._next()
-            certain, ended = self._take(token)
-            yield from certain
+        while not self._answer.over:
+            yield from self._answer.take(self._next())
 
     @torch.inference_mode()
-    def _next(self) -> int:
+    def _next(self) -> Emission:
         """Run one more row, or at first the prompt, and choose the token that follows."""
         began = time.perf_counter()
-        position = len(self.prompt) + len(self._made)
-        if self._made:
-            logits, loop = self._sequence.decode(self._made[-1].token, position - 1)
+        sequence, made = self._sequence, self._answer.made
+        tokens = [*self.prompt, *(emission.token for emission in made)]
+        if made:
+            logits, loop = sequence.decode(tokens[-1], len(tokens) - 1)
         else:
-            logits, loop = self._sequence.prefill(self.prompt), self.max_loops
-        token = choose(logits, self._sequence.sampling, position=position, sample=self._sample)
-        made = Emission(token=token, loops=loop, logprob=log_probability(logits, token))
+            logits, loop = sequence.prefill(self.prompt), self.max_loops
+        token = choose(logits, sequence.sampling, position=len(tokens), sample=self._answer.sample, seen=tokens)
+        emission = Emission(
+            token=token,
+            loops=loop,
+            logprob=log_probability(logits, token),
+            tops=likeliest(logits, sequence.sampling.logprobs),
+        )
         took = time.perf_counter() - began
         self._seconds += took
-        if not self._made:
+        if not made:
             self._prompt_seconds = took
-        self._made.append(made)
-        return token
-
-    def _take(self, token: int) -> tuple[list[Emission], bool]:
-        """The tokens whose text the newest one makes certain, and whether it is the last."""
-        over = token in self._ends
-        last = over or len(self._made) == self._room
-        if last:
-            self._reason = (
-                "stop" if over else "length" if self._room == self._sequence.sampling.max_tokens else "context"
-            )
-        if self._stream is None:
-            return [self._made[-1]], last
-        texts = self._stream.push(None if over else token, last=last)
-        if self._stream.stopped:
-            self._reason = "stop"
-        first = len(self._texts)
-        self._texts += texts
-        return _with_texts(self._made[first:], texts), last or self._stream.stopped
+        return emission
 
     @property
     def held(self) -> list[Emission]:
         """Tokens that were not given out, because a stop text might have begun in them; empty once all has ended."""
-        return [] if self._stream is None else _with_texts(self._made[len(self._texts) :], self._stream.held)
+        return self._answer.held
 
     @property
     def completion(self) -> Completion:
         """What there is so far."""
-        return Completion(
-            prompt=self.prompt,
-            tokens=tuple(made.token for made in self._made),
-            text=None if self._stream is None else "".join(self._texts + self._stream.held),
-            loops=tuple(made.loops for made in self._made),
-            logprobs=tuple(made.logprob for made in self._made),
-            finish_reason=self._reason,
-            kv_bytes=self._sequence.memory.nbytes,
-            sample=self._sample,
-            seconds=self._seconds,
-            prompt_seconds=self._prompt_seconds,
-        )
-
-
-def _with_texts(made: Sequence[Emission], texts: Sequence[str]) -> list[Emission]:
-    return [replace(emission, text=text) for emission, text in zip(made, texts, strict=False)]
+        self._answer.kv_bytes = self._sequence.memory.nbytes
+        return self._answer.completion(seconds=self._seconds, prompt_seconds=self._prompt_seconds)
 
 
 def stream(
@@ -268,16 +179,14 @@ def generate(
     sampling: Sampling | None = None,
     *,
     policy: str | None = None,
-    samples: int = 1,
     watch: Callable[[Emission], None] | None = None,
 ) -> list[Completion]:
-    """Answer prompts one after the other.
+    """Answer prompts one after the other; several answers (`sampling.n`) to one prompt stand side by side.
 
     Args:
         prompts: texts, or token ids.
         policy: "per_loop" (stopped tokens fill their remaining planes: the authors' numbers) or "last_exited"
             (they do not: work is saved). None takes "last_exited" when there is an exit rule.
-        samples: answers to each prompt; they stand side by side in the result.
         watch: called with each token as it leaves.
 
     Raises:
@@ -285,13 +194,11 @@ def generate(
         InputError: for an empty prompt, one longer than the context, ids outside the vocabulary, or text or stop
             strings without a tokenizer.
     """
-    if samples < 1:
-        raise ConfigError(f"samples={samples}: allowed is 1 or more")
     sampling = sampling or Sampling()
     check_loops(model, sampling.max_loops or model.config.loops)
     done: list[Completion] = []
     for ids in [encode_prompt(model, prompt) for prompt in prompts]:
-        for sample in range(samples):
+        for sample in range(sampling.n):
             generation = _begin(model, ids, sampling, policy, sample)
             for emission in generation:
                 if watch is not None:
@@ -343,8 +250,7 @@ def _begin(model: LoopedLM, prompt: tuple[int, ...], sampling: Sampling, policy:
         positions,
         model.rotary(positions),
     )
-    ends = () if sampling.ignore_eos or model.tokenizer is None else model.tokenizer.stop_ids
-    return Generation(sequence, prompt, room=room, sample=sample, ends=ends)
+    return Generation(sequence, Answer.of(model, prompt, sampling, room=room, sample=sample))
 
 
 def encode_prompt(model: LoopedLM, prompt: str | Sequence[int]) -> tuple[int, ...]:

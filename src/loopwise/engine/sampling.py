@@ -175,18 +175,18 @@ def _count_survivors(
     It is the beginning of a row that survives, and the answer is the same for any part of the row that is longer,
     unless top_k is beyond that part.
     """
-    device = ordered.device
-    top_k = _column([min(sampling.top_k or vocab, vocab) for sampling in settings], device)
+    device, width = ordered.device, ordered.shape[1]
+    top_k = torch.tensor([min(sampling.top_k or vocab, vocab) for sampling in settings], device=device)
     top_p = _column([1.0 if sampling.top_p is None else sampling.top_p for sampling in settings], device)
     min_p = _column([sampling.min_p or 0.0 for sampling in settings], device)
-    keep = torch.arange(ordered.shape[1], device=device) < top_k
-    kept = torch.where(keep, ordered, 0.0)
-    sums = kept.cumsum(-1)
-    before = torch.cat((torch.zeros_like(sums[:, :1]), sums[:, :-1]), dim=-1)
-    total = torch.where(top_k < vocab, sums[:, -1:], 1.0)
-    keep &= (top_p == 1.0) | (before < top_p * total)
-    keep &= ordered >= min_p * ordered[:, :1]
-    return keep.sum(-1)
+    sums = ordered.cumsum(-1)
+    of_top_k = sums.gather(1, (top_k.clamp(max=width) - 1)[:, None])
+    total = torch.where(top_k[:, None] < vocab, of_top_k, 1.0)
+    # The token that reaches the sum is the last to survive.
+    reached = torch.searchsorted(sums, top_p * total) + 1
+    reached = torch.where(top_p < 1.0, reached, vocab)[:, 0]
+    likely = (ordered >= min_p * ordered[:, :1]).sum(-1)
+    return torch.minimum(torch.minimum(top_k, reached), likely).clamp(max=width)
 
 
 def candidates(logits: Float[Tensor, " vocab"], sampling: Sampling) -> Int[Tensor, " kept"]:
@@ -239,6 +239,14 @@ def _noise_ahead(
 def log_probability(logits: Float[Tensor, " vocab"], token: int) -> float:
     """Log-probability in nats, before temperature and filters."""
     return float(_log_softmax(logits)[token])
+
+
+def likeliest(logits: Float[Tensor, " vocab"], count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens and their log-probabilities, likeliest first, equal ones by rising id."""
+    if not count:
+        return ()
+    values, ids = _ordered_top(_log_softmax(logits)[None], count)
+    return tuple(zip(ids[0].tolist(), values[0].tolist(), strict=True))
 
 
 def choose_batch(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> Chosen:

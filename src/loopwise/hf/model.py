@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from loopwise.engine.reference import Completion, generate
+from loopwise.engine.answer import Completion
+from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
 from loopwise.errors import CheckpointError, ConfigError, InputError
 from loopwise.hf import files

@@ -1,0 +1,379 @@
+"""One tick: encode what begins, run one loop of everything that is ready, see who stops, read, confirm.
+
+`docs/life-of-a-row.md` follows one row through this file. Nothing here knows threads, text streams or servers.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from loopwise.engine.answer import Emission
+from loopwise.engine.judge import Bench, planned_exit
+from loopwise.engine.request import Choice, Chunk, Request, Row, Stage
+from loopwise.engine.runner import Runner
+from loopwise.engine.sampling import Draw, choose_batch
+from loopwise.engine.scheduler import Plan, Scheduler
+from loopwise.engine.speculation import Speculator
+from loopwise.loops.exits import ExitRule
+from loopwise.memory.paged import BOUNDARY
+from loopwise.memory.prefix import PrefixCache
+
+
+@dataclass
+class Counts:
+    """What an engine has done so far."""
+
+    ticks: int = 0
+    rows: int = 0
+    """Rows that ran one loop, prompt rows included."""
+    draft_rows: int = 0
+    """Those of them that were started from drafts and not yet confirmed."""
+    prompt_rows: int = 0
+    tokens: int = 0
+    """Tokens emitted."""
+    loops: Counter[int] = field(default_factory=Counter)
+    """Emitted tokens by the loops of the row that emitted them."""
+
+
+class Core:
+    """Requests in, emissions out, one tick at a time.
+
+    Args:
+        emit: called with each request's certain tokens.
+        done: called once for each request that is over.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        prefix: PrefixCache | None,
+        speculator: Speculator | None,
+        *,
+        identity: Callable[[Request], object],
+        emit: Callable[[Request, list[Emission]], None],
+        done: Callable[[Request], None],
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.prefix = prefix
+        self.speculator = speculator
+        self.counts = Counts()
+        self._memory = runner.memory
+        self._policy = runner.memory.policy
+        self._identity = identity
+        self._emit = emit
+        self._done = done
+        self._benches: dict[ExitRule, Bench] = {}
+        self._window = 0
+        self._has_coda = bool(len(runner.model.coda))
+
+    @torch.inference_mode()
+    def tick(self) -> bool:
+        """Run everything that is ready for one loop; False when nothing was."""
+        self.scheduler.admit()
+        plan = self.scheduler.plan(self._choose_window)
+        if plan.empty:
+            return False
+        self.runner.encode(
+            [(request, row) for request, row in plan.rows if not row.started],
+            [(request, chunk) for request, chunk in plan.chunks if chunk.state is None],
+        )
+        before, after = self.runner.loop(plan.rows, plan.chunks)
+        self._count(plan)
+        self._judge(plan.rows, before, after)
+        self._read(plan.rows, after)
+        self._end_fills(plan.rows)
+        self._end_chunks(plan.chunks)
+        return True
+
+    def _choose_window(self, rows: int) -> int:
+        self._window = 0 if self.speculator is None else self.speculator.window(rows)
+        return self._window
+
+    # Who stops
+
+    def _judge(
+        self,
+        rows: Sequence[tuple[Request, Row]],
+        before: Float[Tensor, "rows width"],
+        after: Float[Tensor, "rows width"],
+    ) -> None:
+        """Set `left` of every row that stops after this loop."""
+        open_rows: dict[ExitRule, list[tuple[Request, Row]]] = {}
+        stopped: list[tuple[Request, Row]] = []
+        for request, row in rows:
+            if row.left:
+                continue
+            planned = planned_exit(request, row)
+            if row.loop >= (request.max_loops if planned is None else planned):
+                stopped.append((request, row))
+            elif planned is None:
+                open_rows.setdefault(request.rule, []).append((request, row))
+        signal = None
+        for rule, members in open_rows.items():
+            if "signal" in rule.needs and signal is None:
+                signal = self.runner.model.signal(after, None)
+            logits = None
+            if "logits" in rule.needs:
+                logits = self.runner.read(members, after[[row.launched for _, row in members]])
+            allowances = [request.allowance(row) for request, row in members]
+            stops = self._bench(rule).judge(
+                [row for _, row in members],
+                state=after,
+                previous=before,
+                signal=signal,
+                logits=logits,
+                allowances=[one for one in allowances if one is not None] if "allowance" in rule.needs else None,
+            )
+            stopped += [
+                (request, row)
+                for (request, row), stop in zip(members, stops, strict=True)
+                if stop and row.loop >= request.sampling.min_loops
+            ]
+        for request, row in stopped:
+            row.left = row.loop
+            if self._policy.fills and row.loop < request.max_loops and row.position > len(request.left):
+                row.left_state = after[row.launched].clone()
+            self._forget(request, [row])
+            if not self._policy.fills and request.pages is not None:
+                self._memory.settle(request.pages, row.position, row.left, generated=True)
+
+    def _bench(self, rule: ExitRule) -> Bench:
+        if rule not in self._benches:
+            self._benches[rule] = Bench(rule, self.runner.device)
+        return self._benches[rule]
+
+    def _forget(self, request: Request, rows: Sequence[Row]) -> None:
+        watched = [row for row in rows if row.watched]
+        if watched:
+            bench = self._benches[request.rule]
+            bench.forget(watched)
+            if not len(bench):
+                del self._benches[request.rule]
+
+    # What rows say
+
+    def _read(self, rows: Sequence[tuple[Request, Row]], after: Float[Tensor, "rows width"]) -> None:
+        """Read every row that stopped or that may start the next position; confirm what is certain."""
+        jobs = [(request, row) for request, row in rows if self._speaks(request, row)]
+        if jobs:
+            places = torch.tensor([row.launched for _, row in jobs], device=self.runner.device)
+            for (request, row), choice in zip(jobs, self._choose(jobs, after[places]), strict=True):
+                if row.seat < 0:
+                    continue  # dropped meanwhile: an earlier row of its request became certain and disagreed
+                if row.left and row.position == len(request.left):
+                    self._confirm(request, row, choice)
+                else:
+                    self._draft(request, row, choice)
+        self._cascade([request for request, _ in jobs])
+
+    def _speaks(self, request: Request, row: Row) -> bool:
+        ahead = row.position - len(request.left)
+        if ahead < 0:
+            return False  # it has answered and only fills its planes
+        if row.left and ahead == 0:
+            return True
+        settings = None if self.speculator is None or not request.drafts else self.speculator.settings
+        if settings is None or row.position >= request.last_row or ahead + 1 > self._window:
+            return False
+        if row.left:
+            return row.left == row.loop  # later loops only fill planes
+        return row.loop == settings.draft_loop or (settings.redraft and row.loop > settings.draft_loop)
+
+    def _choose(self, jobs: Sequence[tuple[Request, Row]], states: Float[Tensor, "rows width"]) -> list[Choice]:
+        logits = self.runner.read(jobs, states)
+        return self._draw([(request, row.position) for request, row in jobs], logits)
+
+    def _draw(self, places: Sequence[tuple[Request, int]], logits: Float[Tensor, "rows vocab"]) -> list[Choice]:
+        """Choose the token that follows each (request, position)."""
+        draws = [
+            Draw(
+                sampling=request.sampling,
+                position=position + 1,
+                sample=request.answer.sample,
+                seen=request.seen(position),
+            )
+            for request, position in places
+        ]
+        chosen = choose_batch(logits, draws)
+        tokens, logprobs = chosen.tokens.tolist(), chosen.logprobs.tolist()
+        tops: list[tuple[tuple[int, float], ...]] = [()] * len(places)
+        if chosen.top_ids is not None and chosen.top_logprobs is not None:
+            pairs = zip(chosen.top_ids.tolist(), chosen.top_logprobs.tolist(), strict=True)
+            tops = [tuple((i, p) for i, p in zip(ids, chances, strict=True) if i >= 0) for ids, chances in pairs]
+        for number, (request, position) in enumerate(places):
+            forced = request.forced_token(position + 1)
+            if forced is not None:
+                wide = logits[number].to(torch.promote_types(logits.dtype, torch.float32))
+                tokens[number], logprobs[number] = forced, float(torch.log_softmax(wide, dim=-1)[forced])
+        return [Choice(*choice) for choice in zip(tokens, logprobs, tops, strict=True)]
+
+    def _draft(self, request: Request, row: Row, choice: Choice) -> None:
+        """Start the next position from what a row seems about to say, or anew if it changed its mind."""
+        # With a coda the last word waits until the codas of all earlier positions are final.
+        if row.left and not self._has_coda:
+            row.spare = choice
+        place = request.flight.index(row) + 1
+        if place < len(request.flight):
+            if request.flight[place].token == choice.token:
+                return
+            self.drop(request, place)
+        if choice.token not in request.answer.ends:
+            request.flight.append(Row(row.position + 1, choice.token))
+            if self.speculator is not None:
+                self.speculator.started += 1
+
+    def _confirm(self, request: Request, row: Row, choice: Choice) -> None:
+        """The frontier's answer has left for good."""
+        place = row.position - request.flight[0].position + 1
+        after = request.flight[place] if place < len(request.flight) else None
+        kept = after is not None and after.token == choice.token
+        if self.speculator is not None and self._window and request.drafts:
+            self.speculator.learn(
+                loops=row.left, settled=row.left - after.loop if after is not None and kept else row.left
+            )
+        request.left.append(row.left)
+        if not self._say(request, choice, row.left):
+            return
+        if not kept:
+            self.drop(request, place)
+            request.flight.append(Row(row.position + 1, choice.token))
+        if not self._policy.fills or row.loop == request.max_loops:
+            self._leave_flight(request, row)
+
+    def _cascade(self, requests: Sequence[Request]) -> None:
+        """A row that had stopped before it was confirmed speaks as soon as it is."""
+        while True:
+            ready = [
+                (request, request.flight[request.frontier])
+                for request in dict.fromkeys(requests)
+                if request.stage is Stage.RUNNING and request.flight and request.flight[request.frontier].left
+            ]
+            if not ready:
+                return
+            known = [(request, row, row.spare) for request, row in ready if row.spare is not None]
+            others = [(request, row) for request, row in ready if row.spare is None]
+            for request, row, choice in known:
+                self._confirm(request, row, choice)
+            if others:
+                states = torch.stack(
+                    [
+                        self.runner.seats.state[row.seat] if row.left_state is None else row.left_state
+                        for _, row in others
+                    ]
+                )
+                for (request, row), choice in zip(others, self._choose(others, states), strict=True):
+                    self._confirm(request, row, choice)
+
+    def _say(self, request: Request, choice: Choice, loops: int) -> bool:
+        """Emit a certain token; whether the request goes on."""
+        self.counts.tokens += 1
+        self.counts.loops[loops] += 1
+        request.tokens.append(choice.token)
+        emission = Emission(token=choice.token, loops=loops, logprob=choice.logprob, tops=choice.tops)
+        self._emit(request, request.answer.take(emission))
+        if request.answer.over:
+            self.end(request)
+            return False
+        return True
+
+    # What ends
+
+    def _leave_flight(self, request: Request, row: Row) -> None:
+        request.flight.remove(row)
+        self.runner.seats.give(row.seat)
+        row.seat = -1
+
+    def _end_fills(self, rows: Sequence[tuple[Request, Row]]) -> None:
+        for request, row in rows:
+            if row.seat >= 0 and row.loop == request.max_loops and row.position < len(request.left):
+                self._leave_flight(request, row)
+
+    def _end_chunks(self, chunks: Sequence[tuple[Request, Chunk]]) -> None:
+        ended = [(request, chunk) for request, chunk in chunks if chunk.loop == request.max_loops]
+        if not ended:
+            return
+        self.runner.read_chunks(ended)
+        whole = []
+        for request, chunk in ended:
+            request.cursor, request.chunk = chunk.last + 1, None
+            if request.prompt_done:
+                request.left = [request.max_loops] * len(request.prompt)
+                whole.append((request, chunk))
+        if not whole:
+            return
+        logits = self.runner.prompt_logits([chunk for _, chunk in whole])
+        choices = self._draw([(request, len(request.prompt) - 1) for request, _ in whole], logits)
+        for (request, _), choice in zip(whole, choices, strict=True):
+            self._publish(request, len(request.prompt))
+            if self._policy.collapses and request.pages is not None:
+                self._memory.collapse(request.pages, len(request.prompt), request.max_loops)
+            if self._say(request, choice, request.max_loops):
+                request.flight.append(Row(len(request.prompt), choice.token))
+
+    def _publish(self, request: Request, length: int) -> None:
+        if self.prefix is not None and request.pages is not None:
+            planes = self._memory.stores(request.max_loops, generated=False)
+            self.prefix.publish(request.pages, self._identity(request), request.tokens[:length], planes)
+
+    def drop(self, request: Request, place: int) -> None:
+        """Forget the rows of a request's flight from an index on, and the pages that only they needed."""
+        rows = request.flight[place:]
+        if not rows:
+            return
+        del request.flight[place:]
+        self._forget(request, rows)
+        for row in rows:
+            if row.seat >= 0:
+                self.runner.seats.give(row.seat)
+                row.seat = -1
+        if request.pages is not None:
+            self._memory.trim(request.pages, rows[0].position)
+
+    def end(self, request: Request) -> None:
+        """A request is over, or nobody wants it any more: publish what others may use, give back everything."""
+        if request.pages is not None:
+            pages = request.pages
+            request.answer.kv_bytes = sum(
+                len(pages.held(plane)) * self._memory.layout.page_bytes(plane) for plane in pages.planes
+            )
+            settled = request.settled
+            if self._policy.shares_generated and all(loops == request.max_loops for loops in request.left[:settled]):
+                self._publish(request, settled)
+        self.drop(request, 0)
+        self.scheduler.leave(request)
+        self._done(request)
+
+    # Bookkeeping
+
+    def _count(self, plan: Plan) -> None:
+        prompt = sum(chunk.rows for _, chunk in plan.chunks)
+        self.counts.ticks += 1
+        self.counts.rows += len(plan.rows) + prompt
+        self.counts.prompt_rows += prompt
+        self.counts.draft_rows += plan.drafts
+
+    def check_idle(self) -> None:
+        """See that nothing leaked while nothing runs.
+
+        Raises:
+            RuntimeError: pages, seats or rows are still held.
+        """
+        memory, cached = self._memory, {} if self.prefix is None else self.prefix.pages
+        core = sum(count for plane, count in cached.items() if plane != BOUNDARY)
+        faults = {
+            "requests": len(self.scheduler.running) + len(self.scheduler.waiting),
+            "rows": self.runner.seats.taken,
+            "watched rows": sum(map(len, self._benches.values())),
+            "core pages": memory.core.pages - memory.core.free - core,
+        }
+        if memory.boundary is not None:
+            faults["boundary pages"] = memory.boundary.pages - memory.boundary.free - cached.get(BOUNDARY, 0)
+        leaks = {name: count for name, count in faults.items() if count}
+        if leaks:
+            raise RuntimeError(f"an idle engine still holds {leaks}")

@@ -1,0 +1,413 @@
+"""The engine's public face: many prompts at once, or one by one from other threads.
+
+    engine = Engine(model, policy="last_exited")
+    done = engine.generate(prompts, Sampling(max_tokens=64, exit="hazard:0.6"))
+
+    with Engine(model) as engine:                # a thread of its own drives it
+        for emission in engine.submit("Once"):   # tokens as they come
+            ...
+
+Every answer is that of the readable generator (`reference.py`): same tokens, same loops, same log-probabilities up to
+rounding, whatever else runs. `core.py` has the tick.
+"""
+
+import queue
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+from loopwise.engine.answer import Answer, Completion, Emission
+from loopwise.engine.core import Core
+from loopwise.engine.reference import check_sampling, encode_prompt
+from loopwise.engine.request import Replay, Request, Stage, check_replay
+from loopwise.engine.runner import Runner, layout_of, measure_ticks
+from loopwise.engine.sampling import Sampling, check_vocabulary
+from loopwise.engine.scheduler import Scheduler
+from loopwise.engine.speculation import Speculation, Speculator, parse_speculation
+from loopwise.errors import ConfigError, InputError
+from loopwise.loops.drivers import check_loops
+from loopwise.loops.exits import ExitRule
+from loopwise.memory.paged import PagedMemory
+from loopwise.memory.policies import PlanePolicy, parse_policy
+from loopwise.memory.prefix import PrefixCache
+from loopwise.models.looped_lm import LoopedLM
+
+
+class Ticket:
+    """One request, seen from outside. Iterate over it for its tokens as they become certain."""
+
+    def __init__(self, engine: "Engine", request: Request) -> None:
+        self._engine = engine
+        self._request = request
+        self._queue: queue.SimpleQueue[Emission | None] = queue.SimpleQueue()
+        self._began = time.perf_counter()
+        self._first: float | None = None
+        self._last: float | None = None
+        self._over = threading.Event()
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self._request.prompt
+
+    @property
+    def over(self) -> bool:
+        """Whether the answer has ended."""
+        return self._over.is_set()
+
+    def __iter__(self) -> Iterator[Emission]:
+        """Tokens from the first that was not taken yet. Without a thread of the engine's own, this drives it."""
+        while True:
+            while self._queue.empty() and not self.over and not self._engine.driven:
+                self._engine.tick()
+            emission = self._queue.get()
+            if emission is None:
+                self._engine.raise_failure()
+                return
+            yield emission
+
+    def wait(self) -> Completion:
+        """The whole answer, once it has ended."""
+        while not self.over and not self._engine.driven:
+            self._engine.tick()
+        self._over.wait()
+        self._engine.raise_failure()
+        return self.completion
+
+    @property
+    def completion(self) -> Completion:
+        """What there is so far."""
+        last = time.perf_counter() if self._last is None else self._last
+        first = last if self._first is None else self._first
+        return self._request.answer.completion(seconds=last - self._began, prompt_seconds=first - self._began)
+
+    def deliver(self, emissions: Sequence[Emission]) -> None:
+        """Called by the engine with tokens that are certain."""
+        if self._first is None:
+            self._first = time.perf_counter()
+        for emission in emissions:
+            self._queue.put(emission)
+
+    def close(self) -> None:
+        """Called by the engine when the request is over."""
+        self._last = time.perf_counter()
+        self._over.set()
+        self._queue.put(None)
+
+
+class Engine:
+    """Runs one model for many requests.
+
+    Args:
+        policy: the plane policy: "per_loop" (as trained; who leaves early fills its planes afterwards), "last_exited"
+            (who leaves early does no more work), or one of the shared ones (`memory/policies.py`).
+        speculate: "auto" (drafts where they pay, measured), "off", a draft loop such as "2", or "2:once".
+        memory: bytes for keys and values, as a number or a text such as "4GiB".
+        chunk: prompt positions of one tick at most; None takes whole prompts.
+        prefix_cache: whether prompts that begin alike share what was computed.
+        seats: requests that may run at once.
+        rows: rows of one tick at most.
+        max_loops: most loops that a request may ask for; None means what the model was trained with.
+
+    Raises:
+        ConfigError: an option that is not allowed, or two that exclude each other.
+    """
+
+    def __init__(
+        self,
+        model: LoopedLM,
+        policy: str | PlanePolicy = "per_loop",
+        *,
+        speculate: str | Speculation | None = "auto",
+        memory: int | str = "4GiB",
+        chunk: int | None = 256,
+        prefix_cache: bool = True,
+        seats: int = 64,
+        rows: int = 1024,
+        max_loops: int | None = None,
+    ) -> None:
+        config = model.config
+        self.model = model
+        self.policy = parse_policy(policy)
+        self.max_loops = max_loops or max(config.loops, config.trained_loops[1])
+        self.seats = seats
+        for name, value in (("seats", seats), ("rows", rows), ("chunk", chunk), ("max_loops", self.max_loops)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: allowed is 1 or more")
+        if not self.policy.chunk_invariant and (chunk is not None or prefix_cache):
+            raise ConfigError(
+                f"policy={self.policy}: here a prompt's numbers depend on how it is cut, so it takes chunk=None and "
+                f"prefix_cache=False; or type policy='{self.policy}:per_position', which is slow and does not"
+            )
+        drafting = parse_speculation(speculate)
+        if drafting is not None and not self.policy.speculates:
+            if speculate != "auto":
+                raise ConfigError(
+                    f"speculate={speculate!r}: under policy={self.policy} a position waits for the one before it; "
+                    'type speculate="off", or policy="per_loop" or "last_exited"'
+                )
+            drafting = None
+        layout = layout_of(model)
+        budget = parse_bytes(memory)
+        paged = PagedMemory(
+            layout, self.policy, planes=self.max_loops, budget=budget, seats=seats, device=model.embed.weight.device
+        )
+        self.budget = budget
+        self._memory = paged
+        runner = Runner(model, paged)
+        prefix = PrefixCache(paged) if prefix_cache and self.policy.chunk_invariant else None
+        scheduler = Scheduler(
+            paged,
+            prefix,
+            seats=seats,
+            chunk=chunk or config.max_positions,
+            rows=rows,
+            identity=self._identity,
+            drop=lambda request, place: self._core.drop(request, place),
+        )
+        speculator = None
+        if drafting is not None and self.max_loops > 1:
+            speculator = Speculator(drafting, lambda: measure_ticks(model, seats), config.loops)
+        self._core = Core(
+            runner, scheduler, prefix, speculator, identity=self._identity, emit=self._deliver, done=self._close
+        )
+        self._tickets: dict[int, Ticket] = {}
+        self._inbox: queue.SimpleQueue[tuple[str, Request]] = queue.SimpleQueue()
+        self._work = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._failure: BaseException | None = None
+
+    # Requests
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        sample: int = 0,
+        replay: Replay | None = None,
+    ) -> Ticket:
+        """Ask for one answer; from any thread.
+
+        Args:
+            sample: which of several answers to the same prompt this is; each draws its own noise.
+            replay: a recorded answer to follow.
+
+        Raises:
+            ConfigError: settings that this model or engine cannot serve.
+            InputError: an empty or too long prompt, ids outside the vocabulary, or an answer that memory cannot hold.
+        """
+        self.raise_failure()
+        sampling = sampling or Sampling()
+        request = self._request(prompt, sampling, sample, replay)
+        ticket = Ticket(self, request)
+        self._tickets[request.number] = ticket
+        self._send("submit", request)
+        return ticket
+
+    def abort(self, ticket: Ticket) -> None:
+        """End a request now; its completion keeps what there is, and says "abort"."""
+        self._send("abort", ticket._request)
+
+    def _request(self, prompt: str | Sequence[int], sampling: Sampling, sample: int, replay: Replay | None) -> Request:
+        model = self.model
+        checked = check_sampling(model, sampling, policy="per_loop")
+        check_vocabulary(sampling, model.config.vocab_size)
+        if checked.max_loops > self.max_loops:
+            raise ConfigError(
+                f"max_loops={checked.max_loops}: this engine has planes for {self.max_loops} loops; "
+                f"make it with Engine(..., max_loops={checked.max_loops})"
+            )
+        ids = encode_prompt(model, prompt)
+        room = min(sampling.max_tokens, model.config.max_positions - len(ids))
+        self._check_room(len(ids) + room - 1, checked.max_loops)
+        check_replay(replay, room, checked.max_loops)
+        return Request(
+            prompt=ids,
+            sampling=sampling,
+            rule=checked.rule,
+            max_loops=checked.max_loops,
+            answer=Answer.of(model, ids, sampling, room=room, sample=sample),
+            replay=replay,
+            drafts=self._may_draft(checked.rule),
+        )
+
+    def _may_draft(self, rule: ExitRule) -> bool:
+        """Budgets need answers one after the other, and rules that read a coda need its final entries."""
+        return not ("allowance" in rule.needs or ("logits" in rule.needs and len(self.model.coda)))
+
+    def _check_room(self, positions: int, loops: int) -> None:
+        pages = -(-positions // self._memory.layout.page)
+        core = pages * len(self.policy.stored(loops, generated=False))
+        boundary = self._memory.boundary
+        if core > self._memory.core.pages or (boundary is not None and pages > boundary.pages):
+            layout = self._memory.layout
+            needed = pages * layout.group_bytes(len(self.policy.stored(self.max_loops, generated=False)))
+            raise InputError(
+                f"prompt and answer of {positions + 1} tokens need up to {needed} bytes of keys and values, and this "
+                f"engine has {self.budget}; lower max_tokens, or make it with Engine(..., memory={needed})"
+            )
+
+    def _identity(self, request: Request) -> object:
+        """What changes the numbers of a prompt's pages, beside its tokens."""
+        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.model.parameters())
+        start = request.sampling.start
+        if start is None and self.model.facts.random_start:
+            start = self.model.config.start_seed
+        deep = bool(len(self.model.coda)) or self.policy.name not in (
+            "per_loop",
+            "last_exited",
+            "collapse",
+            "decode_shared",
+        )
+        return str(self.policy), hash(weights), start, request.max_loops if deep else None
+
+    # Driving
+
+    @property
+    def driven(self) -> bool:
+        """Whether a thread of the engine's own drives it."""
+        return self._thread is not None
+
+    def tick(self) -> bool:
+        """Run everything that is ready for one loop; False when there is nothing to do. Not while a thread drives."""
+        while True:
+            try:
+                kind, request = self._inbox.get_nowait()
+            except queue.Empty:
+                break
+            if kind == "submit":
+                self._core.scheduler.waiting.append(request)
+            elif request.stage is not Stage.DONE:
+                self._core.end(request)
+        return self._core.tick()
+
+    def __enter__(self) -> "Engine":
+        """Start a thread that ticks whenever there is work."""
+        if self._thread is not None:
+            raise RuntimeError("this engine is already driven by a thread")
+        self._stopping = False
+        self._thread = threading.Thread(target=self._drive, name="loopwise-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the thread; requests that are still open are aborted."""
+        with self._work:
+            self._stopping = True
+            self._work.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is None:
+            for ticket in list(self._tickets.values()):
+                self.abort(ticket)
+            self.tick()
+
+    def _drive(self) -> None:
+        try:
+            while True:
+                busy = self.tick()
+                with self._work:
+                    if not busy and self._inbox.empty() and not self._stopping:
+                        self._work.wait()
+                    if self._stopping:
+                        return
+        except BaseException as error:
+            # Whoever waits for an answer must hear of it.
+            self._failure = error
+            for ticket in list(self._tickets.values()):
+                ticket.close()
+
+    def raise_failure(self) -> None:
+        """Pass on what stopped the engine's thread."""
+        if self._failure is not None:
+            raise RuntimeError("the engine stopped at an error; make a new one") from self._failure
+
+    def _send(self, kind: str, request: Request) -> None:
+        self._inbox.put((kind, request))
+        with self._work:
+            self._work.notify()
+
+    def _deliver(self, request: Request, emissions: list[Emission]) -> None:
+        if emissions:
+            self._tickets[request.number].deliver(emissions)
+
+    def _close(self, request: Request) -> None:
+        self._tickets.pop(request.number).close()
+
+    # All at once
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        replays: Sequence[Replay | None] | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Answer many prompts together; `n` answers to each stand side by side.
+
+        Args:
+            sampling: one for all, or one for each prompt.
+            replays: recorded answers to follow, one for each prompt.
+            progress: show a bar.
+
+        Raises:
+            ConfigError, InputError: as `submit`, before anything runs.
+        """
+        settings = list(sampling) if isinstance(sampling, Sequence) else [sampling or Sampling()] * len(prompts)
+        followed = list(replays) if replays is not None else [None] * len(prompts)
+        for name, given in (("sampling", settings), ("replays", followed)):
+            if len(given) != len(prompts):
+                raise InputError(f"{len(given)} {name} for {len(prompts)} prompts; give one for each")
+        for most in {one.max_loops or self.model.config.loops for one in settings}:
+            check_loops(self.model, most)
+        requests = [
+            self._request(prompt, one, sample, replay)
+            for prompt, one, replay in zip(prompts, settings, followed, strict=True)
+            for sample in range(one.n)
+        ]
+        tickets = []
+        for request in requests:
+            tickets.append(self._tickets.setdefault(request.number, Ticket(self, request)))
+            self._send("submit", request)
+        if not progress:
+            return [ticket.wait() for ticket in tickets]
+        from rich.progress import track
+
+        return [ticket.wait() for ticket in track(tickets, description="answers")]
+
+    # Looking in
+
+    def check_idle(self) -> None:
+        """See that nothing leaked; call it while no request is open.
+
+        Raises:
+            RuntimeError: something is still held.
+        """
+        self._core.check_idle()
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: int | str) -> int:
+    """A number of bytes, from a number or a text such as "4GiB", "512MiB" or "1.5GB".
+
+    Raises:
+        ConfigError: anything else, or less than one byte.
+    """
+    if isinstance(text, int):
+        count = text
+    else:
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", text.strip())
+        unit = None if found is None else _UNITS.get(found[2].upper())
+        count = 0 if found is None or unit is None else int(float(found[1]) * unit)
+    if count < 1:
+        raise ConfigError(f'memory={text!r}: allowed is a number of bytes, or a text such as "4GiB" or "512MiB"')
+    return count

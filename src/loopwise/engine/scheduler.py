@@ -1,0 +1,272 @@
+"""Who runs in the next tick, and who has room in memory.
+
+A row (position p, loop r) may run when every earlier position of its request has stopped, or has finished r loops, or
+does loop r in the same launch: then the planes it reads are written. Without this check a row budget breaks answers.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from loopwise.engine.request import Chunk, Request, Row, Stage
+from loopwise.memory.paged import BOUNDARY, PagedMemory, PageList, take_pages
+from loopwise.memory.prefix import PrefixCache
+from loopwise.memory.snapshot import restore_pages, save_pages
+
+
+@dataclass
+class Plan:
+    """What one tick runs."""
+
+    rows: list[tuple[Request, Row]] = field(default_factory=list)
+    chunks: list[tuple[Request, Chunk]] = field(default_factory=list)
+    drafts: int = 0
+    """How many of the rows were started from drafts."""
+
+    @property
+    def empty(self) -> bool:
+        return not self.rows and not self.chunks
+
+    def drop(self, request: Request) -> None:
+        """Take out a request that had to step aside after it was planned."""
+        self.rows = [(mine, row) for mine, row in self.rows if mine is not request]
+        self.chunks = [(mine, chunk) for mine, chunk in self.chunks if mine is not request]
+
+
+class Scheduler:
+    """Waiting and running requests, in order of arrival.
+
+    Args:
+        seats: requests that may run at once.
+        chunk: prompt rows of one tick, at most.
+        rows: all rows of one tick, at most.
+        drop: tells the engine to forget rows of a request from an index of its flight on.
+    """
+
+    def __init__(
+        self,
+        memory: PagedMemory,
+        prefix: PrefixCache | None,
+        *,
+        seats: int,
+        chunk: int,
+        rows: int,
+        identity: Callable[[Request], object],
+        drop: Callable[[Request, int], None],
+    ) -> None:
+        self.memory = memory
+        self.prefix = prefix
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.preemptions = 0
+        self._seats = seats
+        self._chunk = chunk
+        self._rows = rows
+        self._identity = identity
+        self._drop = drop
+        self._turn = 0
+
+    # Coming and going
+
+    def admit(self) -> None:
+        """Let waiting requests in, oldest first, while there are seats and pages for their prompts."""
+        while self.waiting and len(self.running) < self._seats and self._has_room(self.waiting[0]):
+            request = self.waiting.popleft()
+            request.stage = Stage.RUNNING
+            request.pages = self.memory.open()
+            self.running.append(request)
+            self.running.sort(key=lambda one: one.number)
+            if request.snapshot is not None:
+                restore_pages(self.memory, request.pages, request.snapshot)
+                request.snapshot = None
+            elif self.prefix is not None:
+                self._borrow(request, request.pages, self.prefix)
+
+    def _borrow(self, request: Request, pages: PageList, prefix: PrefixCache) -> None:
+        """Begin with the pages that another request has left of the same prompt."""
+        planes = self.memory.stores(request.max_loops, generated=False)
+        # The last token is computed in any case: its prediction is the answer's first token.
+        found = prefix.find(pages, self._identity(request), request.prompt[:-1], planes)
+        if found:
+            request.cursor = found
+            for loop in range(0 if self.memory.boundary is not None else 1, request.max_loops + 1):
+                self.memory.write_at(pages, loop, 0, found - 1, generated=False)
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether the request can begin, or come back, without driving out those that run; the cache gives way."""
+        core = len(self.memory.policy.stored(request.max_loops, generated=False))
+        if request.snapshot is not None:
+            core_pages, boundary_pages = request.snapshot.counts
+        else:
+            boundary_pages = -(-len(request.prompt) // self.memory.layout.page)
+            core_pages = core * boundary_pages
+        # Everyone who runs, and the newcomer, will soon want one page more; without that room they would only
+        # take turns at stepping aside.
+        growth = 1 + len(self.running) if self.running else 0
+        fits = self._free_up(1, core_pages + growth * core)
+        return fits and (self.memory.boundary is None or self._free_up(BOUNDARY, boundary_pages + growth))
+
+    def _free_up(self, plane: int, pages: int) -> bool:
+        """Whether a pool has this many free pages, after the cache gave way if need be."""
+        pool = self.memory.pool(plane)
+        if pool.free < pages and self.prefix is not None:
+            self.prefix.shrink(plane, pages - pool.free)
+        return pool.free >= pages
+
+    def leave(self, request: Request) -> None:
+        """A request is over: give back its pages."""
+        if request.pages is not None:
+            self.running.remove(request)
+            self.memory.close(request.pages)
+            request.pages = None
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        request.snapshot = None
+        request.stage = Stage.DONE
+
+    def step_aside(self, request: Request) -> None:
+        """Copy what is settled to host memory and give everything back; what was in flight starts its position anew."""
+        assert request.pages is not None
+        settled = request.settled
+        request.snapshot = save_pages(self.memory, request.pages, settled)
+        # Rows that have answered keep the loop they left at: they only have planes to fill.
+        again = [Row(row.position, row.token, left=row.left) for row in request.flight[: request.frontier + 1]]
+        self._drop(request, 0)
+        request.flight = again
+        request.chunk = None
+        self.running.remove(request)
+        self.memory.close(request.pages)
+        request.pages = None
+        request.stage = Stage.WAITING
+        self.waiting.appendleft(request)
+        self.waiting = deque(sorted(self.waiting, key=lambda one: one.number))
+        self.preemptions += 1
+
+    # Planning
+
+    def plan(self, window: Callable[[int], int]) -> Plan:
+        """The rows and chunks of the next tick, with pages for what they write.
+
+        Args:
+            window: how many drafts ahead of its frontier a request may run, given the number of other rows.
+        """
+        plan = Plan()
+        turns = self._turns()
+        for request in turns:
+            self._plan_rows(plan, request, ahead=0)
+        for request in turns:
+            self._plan_chunk(plan, request)
+        base = len(plan.rows) + sum(chunk.rows for _, chunk in plan.chunks)
+        ahead = window(base)
+        if ahead:
+            for request in turns:
+                self._plan_rows(plan, request, ahead=ahead)
+            plan.drafts = len(plan.rows) + sum(chunk.rows for _, chunk in plan.chunks) - base
+        return plan
+
+    def _turns(self) -> list[Request]:
+        """Running requests; whose turn is first changes, so that a small budget starves nobody."""
+        if not self.running:
+            return []
+        self._turn = (self._turn + 1) % len(self.running)
+        return self.running[self._turn :] + self.running[: self._turn]
+
+    def _plan_rows(self, plan: Plan, request: Request, *, ahead: int) -> None:
+        """Rows up to the frontier, or with `ahead` only the drafts behind it."""
+        if request.stage is not Stage.RUNNING or not request.flight:
+            return
+        frontier = request.frontier
+        # Loops that the position before has finished once this launch is over.
+        finished = request.max_loops
+        planned = {id(row) for mine, row in plan.rows if mine is request} if ahead else set()
+        for index, row in enumerate(list(request.flight[: frontier + 1 + ahead])):
+            busy = id(row) in planned
+            wanted = not self._rests(request, row) and not busy and (index > frontier) == bool(ahead)
+            if wanted and row.loop + 1 <= finished and len(plan.rows) + _chunk_rows(plan) < self._rows:
+                if not self._give_pages(plan, request, row, patient=index > frontier):
+                    return
+                plan.rows.append((request, row))
+                busy = True
+            done = request.max_loops if self._rests(request, row) else row.loop + int(busy)
+            finished = min(finished, done)
+
+    def _rests(self, request: Request, row: Row) -> bool:
+        """Whether a row has no loop left to run."""
+        if row.left and not self.memory.policy.fills:
+            return True
+        return row.loop == request.max_loops
+
+    def _plan_chunk(self, plan: Plan, request: Request) -> None:
+        if request.stage is not Stage.RUNNING or request.prompt_done:
+            return
+        if request.chunk is None:
+            remaining = len(request.prompt) - request.cursor
+            size = {
+                "chunks": min(remaining, self._chunk - _chunk_rows(plan)),
+                "lockstep": remaining,
+                "per_position": 1,
+            }[self.memory.policy.prefill]
+            if size < 1:
+                return
+            chunk = Chunk(request.cursor, request.cursor + size - 1)
+            if not self._give_chunk_pages(plan, request, chunk):
+                return
+            request.chunk = chunk
+        plan.chunks.append((request, request.chunk))
+
+    # Pages
+
+    def _give_pages(self, plan: Plan, request: Request, row: Row, *, patient: bool) -> bool:
+        """Pages for what a row writes next, and its table entries. A patient row never drives others out."""
+        assert request.pages is not None
+        memory, generated = self.memory, row.position >= len(request.prompt)
+        loop = row.loop + 1
+        writes = [] if row.started or memory.boundary is None else [BOUNDARY]
+        for target in (*writes, loop):
+            plane = target if target == BOUNDARY else memory.policy.store(target, memory.planes, generated=generated)
+            if memory.lacks(request.pages, plane, row.position) and not take_pages(
+                memory, request.pages, plane, row.position, make_room=self._maker(plan, request, plane, patient=patient)
+            ):
+                return False
+            memory.write_at(request.pages, target, row.position, row.position, generated=generated)
+        return True
+
+    def _give_chunk_pages(self, plan: Plan, request: Request, chunk: Chunk) -> bool:
+        assert request.pages is not None
+        for plane in self.memory.stores(request.max_loops, generated=False):
+            room = self._maker(plan, request, plane, patient=False)
+            if not take_pages(self.memory, request.pages, plane, chunk.last, make_room=room):
+                return False
+        for loop in range(0 if self.memory.boundary is not None else 1, request.max_loops + 1):
+            self.memory.write_at(request.pages, loop, chunk.first, chunk.last, generated=False)
+        return True
+
+    def _maker(self, plan: Plan, request: Request, plane: int, *, patient: bool) -> Callable[[int], bool]:
+        """How this request gets pages of a plane's pool: from the cache, from drafts, from younger requests."""
+
+        def make_room(count: int) -> bool:
+            pool = self.memory.pool(plane)
+            target = pool.free + count
+            if patient:
+                return False
+            if self.prefix is not None and self.prefix.shrink(plane, count):
+                return True
+            for other in reversed(self.running):
+                if other is not request and len(other.flight) > other.frontier + 1:
+                    self._drop(other, other.frontier + 1)
+                    plan.rows = [(mine, row) for mine, row in plan.rows if mine is not other or row in other.flight]
+                    if pool.free >= target:
+                        return True
+            while pool.free < target and self.running[-1].number > request.number:
+                victim = self.running[-1]
+                plan.drop(victim)
+                self.step_aside(victim)
+                if self.prefix is not None:
+                    self.prefix.shrink(plane, target - pool.free)
+            return pool.free >= target
+
+        return make_room
+
+
+def _chunk_rows(plan: Plan) -> int:
+    return sum(chunk.rows for _, chunk in plan.chunks)

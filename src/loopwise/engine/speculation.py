@@ -1,0 +1,151 @@
+"""Wavefront self-speculation: when a position is started from an early readout of the one before it.
+
+Row p is read after `draft_loop` loops, and at each later one if `redraft`; the token found starts row p + 1, always at
+a smaller loop than p, so that the planes it reads are written. When p stops, its token is certain: if p + 1 was
+started from another, everything behind p is dropped. Tokens, loops and log-probabilities are those of plain decoding.
+
+How far to run ahead is a question of cost alone. With E loops per token, drafts that settle at loop s of the row before
+and a window of w drafts, a request has n = min(w + 1, E / s) rows in flight and makes n / E tokens per tick; a tick
+of B requests costs c(B n). The window with the least E c(B n) / n is taken, 0 among them.
+"""
+
+import bisect
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from loopwise.errors import ConfigError
+
+MOST = 7
+"""Drafts of one request in flight, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """How drafts are made."""
+
+    draft_loop: int = 1
+    """The first loop after which a row is read for a draft."""
+    redraft: bool = True
+    """Whether later loops are read too, and the next position starts anew when they disagree."""
+    window: int | None = None
+    """Drafts ahead of the frontier; None weighs cost against gain in every tick."""
+
+    def __post_init__(self) -> None:
+        if self.draft_loop < 1 or (self.window is not None and not 0 <= self.window <= MOST):
+            raise ConfigError(
+                f"speculation draft_loop={self.draft_loop}, window={self.window}: allowed are 1 or more, and 0 to "
+                f"{MOST} or None"
+            )
+
+
+def parse_speculation(text: "str | Speculation | None") -> Speculation | None:
+    """None for "off"; "auto"; "2" (drafts from loop 2, read again at later loops) or "2:once".
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if text is None or isinstance(text, Speculation):
+        return text
+    if text == "off":
+        return None
+    if text == "auto":
+        return Speculation()
+    loop, _, once = text.partition(":")
+    if not loop.isdigit() or once not in ("", "once"):
+        raise ConfigError(f'speculate={text!r}: allowed are "auto", "off", a draft loop such as "2", or "2:once"')
+    return Speculation(draft_loop=int(loop), redraft=not once)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostCurve:
+    """Seconds of a tick by its number of rows, measured."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, rows: float) -> float:
+        """Between measurements a straight line; beyond the last, in proportion."""
+        if rows >= self.rows[-1]:
+            return self.seconds[-1] * rows / self.rows[-1]
+        after = bisect.bisect_right(self.rows, rows)
+        if after == 0:
+            return self.seconds[0]
+        (r0, r1), (s0, s1) = self.rows[after - 1 : after + 1], self.seconds[after - 1 : after + 1]
+        return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
+
+
+def measure_costs(run: Callable[[int], None], *, rows: Sequence[int], rounds: int = 3) -> CostCurve:
+    """Time `run(n)` for each n, `rounds` times in turn after once for warming up; the medians, never falling."""
+    times: dict[int, list[float]] = {count: [] for count in rows}
+    for turn in range(rounds + 1):
+        for count in rows:
+            began = time.perf_counter()
+            run(count)
+            if turn:
+                times[count].append(time.perf_counter() - began)
+    seconds: list[float] = []
+    for count in rows:
+        # Noise must not make more rows look cheaper than fewer.
+        seconds.append(max([statistics.median(times[count]), *seconds[-1:]]))
+    return CostCurve(rows=tuple(rows), seconds=tuple(seconds))
+
+
+class Speculator:
+    """Decides how far to run ahead, and remembers how drafts fared.
+
+    Args:
+        measure: measures the cost of ticks; called when the first decision needs it.
+        loops: loops per token to expect before any was seen.
+    """
+
+    def __init__(self, settings: Speculation, measure: Callable[[], CostCurve], loops: int) -> None:
+        self.settings = settings
+        self.started = 0
+        """Positions that were started from a draft, started-anew ones included."""
+        self.confirmed = 0
+        """Tokens whose row was already running when they became certain."""
+        self.tokens = 0
+        """Tokens that became certain while speculation was possible."""
+        self._measure = measure
+        self._costs: CostCurve | None = None
+        self._loops = float(loops)
+        # Hoped for until seen: the draft settles halfway.
+        self._settles = max(float(settings.draft_loop), loops / 2)
+
+    @property
+    def costs(self) -> CostCurve:
+        if self._costs is None:
+            self._costs = self._measure()
+        return self._costs
+
+    def window(self, rows: int) -> int:
+        """Drafts ahead of the frontier that pay, when `rows` rows run in any case."""
+        if self.settings.window is not None:
+            return self.settings.window
+        if rows == 0:
+            return 0
+        most = self._loops / max(self._settles, 1.0)
+        best, best_cost = 0, self.costs(rows)
+        for window in range(1, MOST + 1):
+            flight = min(window + 1.0, most)
+            cost = self.costs(rows * flight) / flight
+            # A gain within the noise of the measurement is none.
+            if cost < 0.97 * best_cost:
+                best, best_cost = window, cost
+            if flight == most:
+                break
+        return best
+
+    def learn(self, *, loops: int, settled: int) -> None:
+        """One token became certain after `loops` loops; its successor had been started after `settled` of them."""
+        self.tokens += 1
+        self.confirmed += settled < loops
+        self._loops += 0.05 * (loops - self._loops)
+        self._settles += 0.05 * (settled - self._settles)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of tokens whose row was running before they were certain; NaN before the first."""
+        return self.confirmed / self.tokens if self.tokens else float("nan")

@@ -1,0 +1,139 @@
+"""The prefix cache: pages that are found again by what they hold.
+
+A page's identity is the chain of all tokens up to its end, and whatever else changes the numbers: the start state's
+seed, and with a coda the prompt's number of loops. The exit rule and the number of loops are left out otherwise: under
+`full` prompt depth plane r depends on planes <= r alone, so requests of different efforts share a prompt, and a hit
+needs no more planes than the request will read. Tokens are compared on every hit, so a collision is a miss.
+"""
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from loopwise.memory.paged import PagedMemory, PageList
+
+
+@dataclass
+class _Entry:
+    """One page of tokens and where each plane of it lies."""
+
+    key: bytes
+    parent: bytes
+    tokens: tuple[int, ...]
+    planes: dict[int, int]
+    """Physical page by plane."""
+    used: int
+    children: set[bytes] = field(default_factory=set)
+
+
+class PrefixCache:
+    """Holds pages for later requests until their room is needed; the least recently used go first."""
+
+    def __init__(self, memory: PagedMemory) -> None:
+        self._memory = memory
+        self._entries: dict[bytes, _Entry] = {}
+        self._clock = 0
+        self.hits = 0
+        """Tokens whose keys and values were found."""
+        self.queries = 0
+        """Tokens that were looked for."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, pages: PageList, identity: Hashable, tokens: Sequence[int], planes: Sequence[int]) -> int:
+        """Lend a new sequence the pages of its longest known beginning; returns its length in positions.
+
+        Args:
+            pages: the sequence's list, empty so far.
+            tokens: what may be found; leave out the last token, whose prediction has to be computed.
+            planes: the planes that the request will read.
+        """
+        size = self._memory.layout.page
+        self.queries += len(tokens)
+        self._clock += 1
+        key, found = _root(identity), 0
+        for index in range(len(tokens) // size):
+            part = tuple(tokens[index * size : (index + 1) * size])
+            key = _extend(key, part)
+            entry = self._entries.get(key)
+            if entry is None or entry.tokens != part or not set(planes) <= entry.planes.keys():
+                break
+            entry.used = self._clock
+            for plane in planes:
+                page = entry.planes[plane]
+                self._memory.pool(plane).share(page)
+                self._memory.place(pages, plane, index, page)
+            found += size
+        self.hits += found
+        return found
+
+    def publish(self, pages: PageList, identity: Hashable, tokens: Sequence[int], planes: Sequence[int]) -> None:
+        """Keep the whole pages of these settled positions; planes that an entry already has are not kept twice."""
+        size = self._memory.layout.page
+        self._clock += 1
+        parent = _root(identity)
+        for index in range(len(tokens) // size):
+            part = tuple(tokens[index * size : (index + 1) * size])
+            key = _extend(parent, part)
+            entry = self._entries.get(key)
+            if entry is not None and entry.tokens != part:
+                return
+            have = {plane: pages.planes.get(plane, []) for plane in planes}
+            if any(index >= len(own) or own[index] < 0 for own in have.values()):
+                return
+            if entry is None:
+                entry = self._entries[key] = _Entry(key, parent, part, {}, self._clock)
+                if parent in self._entries:
+                    self._entries[parent].children.add(key)
+            entry.used = self._clock
+            for plane, own in have.items():
+                if plane not in entry.planes:
+                    self._memory.pool(plane).share(own[index])
+                    entry.planes[plane] = own[index]
+            parent = key
+
+    def shrink(self, plane: int, pages: int) -> bool:
+        """Free at least `pages` pages of this plane's pool, if what the cache alone holds allows it."""
+        pool = self._memory.pool(plane)
+        target = pool.free + pages
+        leaves = sorted((entry for entry in self._entries.values() if not entry.children), key=lambda one: one.used)
+        while pool.free < target and leaves:
+            entry = leaves.pop(0)
+            parent = self._drop(entry)
+            if parent is not None and not parent.children:
+                leaves.insert(0, parent)
+                leaves.sort(key=lambda one: one.used)
+        return pool.free >= target
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for entry in list(self._entries.values()):
+            self._drop(entry)
+
+    def _drop(self, entry: _Entry) -> _Entry | None:
+        for plane, page in entry.planes.items():
+            self._memory.pool(plane).release(page)
+        del self._entries[entry.key]
+        parent = self._entries.get(entry.parent)
+        if parent is not None:
+            parent.children.discard(entry.key)
+        return parent
+
+    @property
+    def pages(self) -> dict[int, int]:
+        """Pages held, by plane."""
+        held: dict[int, int] = {}
+        for entry in self._entries.values():
+            for plane in entry.planes:
+                held[plane] = held.get(plane, 0) + 1
+        return held
+
+
+def _root(identity: Hashable) -> bytes:
+    return hashlib.blake2b(repr(identity).encode(), digest_size=16).digest()
+
+
+def _extend(parent: bytes, tokens: Sequence[int]) -> bytes:
+    text = ",".join(map(str, tokens)).encode()
+    return hashlib.blake2b(parent + text, digest_size=16).digest()
