@@ -69,7 +69,7 @@ class ChatConfig(TalkConfig):
         super().__post_init__()
         if self.n != 1:
             raise ConfigError(
-                f"n={self.n}: a chat has one reply; for several answers type: loopwise generate MODEL ..."
+                f"n={self.n}: a chat has one reply; type: loopwise generate MODEL PROMPT n=2"
             )
 
 
