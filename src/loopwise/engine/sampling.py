@@ -216,7 +216,8 @@ def choose(
     logits = adjusted(logits, sampling, seen)
     if sampling.temperature == 0.0:
         return int(torch.argmax(logits))
-    heated = _heated(logits[None], [sampling])[0]
+    # A tensor divides as in `_heated`, bit for bit; one number makes it in one step.
+    heated = logits.double() / torch.full((1,), sampling.temperature, dtype=torch.float64, device=logits.device)
     if not sampling.filters:
         rows = max(1, _AHEAD // len(logits))
         noise = _noise_ahead(sampling.seed, sample, position // rows, rows, len(logits), logits.device)
