@@ -13,6 +13,7 @@ also the rank correlation of loops with hops at that mean.
 
 import itertools
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -83,14 +84,15 @@ def teach(model: LoopedLM, steps: Sequence[Seen], *, rule: str, sharpness: float
         optimizer.zero_grad()
 
 
-def judge(model: LoopedLM, task: str, batches: list[Batch]) -> dict[str, float]:
+def judge(model: LoopedLM, task: str, batches: list[Batch]) -> dict[str, float | None]:
     depths = measure_depths(model, batches)
     policy = "last_exited" if task == "text" else "per_loop"
     point = measure_exit(model, batches, hazard_for(depths, MEAN), depths, policy=policy)
-    found = {"mean_loops": point.mean_loops, "loss": point.loss, "gain": point.gain}
+    found: dict[str, float | None] = {"mean_loops": point.mean_loops, "loss": point.loss, "gain": point.gain}
     if task == "hops":
         hops = torch.cat([batch.first_loop[batch.mask] for batch in batches if batch.first_loop is not None])
-        found["correlation"] = rank_correlation(point.loops, hops.numpy())
+        correlation = rank_correlation(point.loops, hops.numpy())
+        found["correlation"] = None if math.isnan(correlation) else correlation
     return found
 
 

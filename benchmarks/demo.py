@@ -140,7 +140,9 @@ def main() -> None:
                 found[f"text, seed {seed}"] = speed(trained(config), source(config).validation(HELD_OUT_ROWS))
             results["speed"] = found
             for name, row in found.items():
-                print(f"{name}: {row['mean_loops']:.2f} loops, {spread(row['ratios'], 2)} times full depth, median")
+                least, most = row["ratios"][0], row["ratios"][-1]
+                print(f"{name}: {row['mean_loops']:.2f} loops, {row['ratio']:.2f} times full depth", end=" ")
+                print(f"({least:.2f} to {most:.2f} in {ROUNDS} rounds)")
     if "text" in wanted:
         tell_text(results["text"]["seeds"])
     results["machine"] = environment()
