@@ -5,7 +5,7 @@ Axes: B batch, T tokens, R loops, D width, V vocabulary, N rows; "..." is (B, T)
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,6 @@ from loopwise.nn.block import Block, Stack
 from loopwise.nn.mlp import GatedMLP
 from loopwise.nn.noise import truncated_normal
 from loopwise.nn.norms import RMSNorm
-from loopwise.nn.packed import Linear, Packed, lent, pack
 from loopwise.nn.rotary import Rotary, rotary_tables
 
 if TYPE_CHECKING:
@@ -50,8 +49,6 @@ class LMContext:
     """False at padding; None when there is none."""
     mask: Bool[Tensor, "batch one tokens tokens"] | None = None
     """Which token may read which; None means plain causal."""
-    packs: dict[Linear, Packed] = field(default_factory=dict)
-    """Packed weights of the core, see `LoopedLM.pack`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,14 +190,6 @@ class LoopedLM(LoopModel):
             return mask
         return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
-    def pack(self, context: LMContext) -> LMContext:
-        """The same context with the core's weights packed for it, which makes training on a CPU faster.
-
-        Worth it for more than one loop. Good until the weights change; where it would not help it changes nothing.
-        """
-        rows = context.injected.numel() // self.config.width
-        return replace(context, packs=pack(self.core.modules(), rows=rows))
-
     def _check_tokens(self, tokens: Tensor, *, known_length: bool) -> None:
         if tokens.numel() == 0:
             raise InputError("no tokens were given; a prompt needs at least one")
@@ -256,15 +245,13 @@ class LoopedLM(LoopModel):
         # Other planes hold Python state that changes with every loop: after a few graphs torch.compile would give up
         # without a word, for training too.
         if self._compiled is None or not isinstance(plane, CausalMemory):
-            with lent(context.packs):
-                return self._loop(state, injected, context.rotary, plane)
+            return self._loop(state, injected, context.rotary, plane)
         # The compiler looks at requires_grad, and each combination would be one more graph.
         if not torch.is_grad_enabled():
             state, injected = state.detach(), injected.detach()
         elif not state.requires_grad:
             state = state.detach().requires_grad_()
-        with lent(context.packs):
-            return self._compiled(self, state, injected, context.rotary, plane)
+        return self._compiled(self, state, injected, context.rotary, plane)
 
     def _loop(self, state: Tensor, injected: Tensor, rotary: Rotary, plane: Plane) -> Tensor:
         if self.adapter is not None:
@@ -289,7 +276,9 @@ class LoopedLM(LoopModel):
         if self.gate is None:
             return None
         seen = widen(state if self.config.loop_norm else self.norm(state))
-        weight, bias, device = self.gate.weight, self.gate.bias, seen.device.type
+        weight: Tensor = self.gate.weight
+        bias: Tensor = self.gate.bias
+        device = seen.device.type
         if weight.dtype != seen.dtype:
             weight, bias = weight.to(seen.dtype), bias.to(seen.dtype)
         # Autocast would take the product back to bfloat16, whose steps near 1 are coarser than thresholds.

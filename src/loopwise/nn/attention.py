@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from loopwise.nn.norms import RMSNorm
-from loopwise.nn.packed import Linear
 from loopwise.nn.rotary import Rotary, RotaryLayout, rotate
 
 
@@ -98,8 +97,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.rotary_layout: RotaryLayout = rotary
-        self.qkv = Linear(width, (heads + 2 * kv_heads) * head_width)
-        self.out = Linear(heads * head_width, width)
+        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=False)
+        self.out = nn.Linear(heads * head_width, width, bias=False)
         self.qk_bias = nn.Parameter(torch.zeros(heads + kv_heads, head_width)) if qk_bias else None
         # OLMo-2 normalises queries and keys over all heads together, before they are split.
         self.q_norm = RMSNorm(heads * head_width, qk_norm_eps) if qk_norm_eps is not None else None

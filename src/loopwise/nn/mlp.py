@@ -4,16 +4,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from loopwise.nn.packed import Linear
-
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)); rows of the fused projection: gate first, then up."""
 
     def __init__(self, width: int, mlp_width: int) -> None:
         super().__init__()
-        self.gate_up = Linear(width, 2 * mlp_width)
-        self.down = Linear(mlp_width, width)
+        self.gate_up = nn.Linear(width, 2 * mlp_width, bias=False)
+        self.down = nn.Linear(mlp_width, width, bias=False)
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

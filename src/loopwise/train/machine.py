@@ -26,8 +26,10 @@ DRIFT = 0.15
 PROBE_COPY_BYTES = 256 * 2**20
 
 
-# Options of glibc's mallopt, from its malloc.h.
+# Options of glibc's mallopt, from its malloc.h, and one of Linux's madvise.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+MADV_HUGEPAGE = 14
+HUGE_PAGE_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,27 @@ def keep_freed_memory() -> bool:
         library.mallopt(M_TRIM_THRESHOLD, -1),
         library.mallopt(M_TOP_PAD, 64 * 2**20),
     ]
+    _ask_for_huge_pages(library, _free_memory() // 2)
     return all(made)
+
+
+def _ask_for_huge_pages(library: ctypes.CDLL, size: int) -> None:
+    """Let the next `size` bytes of the heap come in pages of 2 MiB: fewer faults, and fewer walks of page tables.
+
+    The heap grows by an allocation that is never touched, and keeps what is freed. Where the system refuses, nothing is
+    lost.
+    """
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    library.free.restype, library.free.argtypes = None, (ctypes.c_void_p,)
+    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    block = library.malloc(size)
+    if block is None:
+        return
+    first = -(-block // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+    last = (block + size) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    if last > first:
+        library.madvise(first, last - first, MADV_HUGEPAGE)
+    library.free(block)
 
 
 def environment(device: str | torch.device = "cpu") -> dict[str, Any]:

@@ -87,7 +87,7 @@ def micro_batch_loss(
             states.append(state)
 
     with torch.no_grad() if objective.trains == "gate" else nullcontext():
-        context = model.pack(model.encode(batch.tokens, documents=batch.documents))
+        context = model.encode(batch.tokens, documents=batch.documents)
         unroll(model, context, loops=plan.loops, start=start, backprop=plan.backprop, checkpoint=recompute, visit=keep)
         hidden = [model.read(state, context) for state in states[-len(plan.loops_read) :]]
     inputs = ObjectiveInputs(
