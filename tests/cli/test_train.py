@@ -323,7 +323,7 @@ MISTAKES: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "a shape that the family lacks": (["family=huginn_raven"], {}, "family=loopwise"),
     "no such device": (["device=cuda:99"], {}, "device=cuda:99: there is no such device here"),
     "no device at all": (["device=gpu"], {}, "device=gpu: allowed are cpu, cuda, cuda:1, mps"),
-    "a rate without effect": (["optimizer.learning_rate=1"], {}, "every stage has its own learning_rate"),
+    "a rate without effect": (["optimizer.learning_rate=1"], {}, "learning_rate"),
     "a task's setting for text": (["pointer_chasing.nodes=5"], {}, "pointer_chasing has no effect with task=text"),
     "text's setting for a task": (["task=pointer-chasing"], {}, "corpus has no effect with task=pointer-chasing"),
     "unknown tracker": (['trackers=["wandbb"]'], {}, "trackers"),

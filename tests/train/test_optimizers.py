@@ -322,8 +322,8 @@ def test_low_precision_weights_have_their_norm_taken_in_float32():
     "wrong",
     [
         {"name": "sgd"},
-        {"learning_rate": 0.0},
-        {"learning_rate": math.inf},
+        {"eps": 0.0},
+        {"muon_scale": math.inf},
         {"betas": (0.9, 1.0)},
         {"weight_decay": -0.1},
         {"clip": 0.0},

@@ -143,11 +143,6 @@ class TrainConfig:
                     raise ConfigError(
                         f"{name}={getattr(self, name)}: a model started from init keeps its own {name}; leave it out"
                     )
-        if self.optimizer.learning_rate != OptimizerConfig.learning_rate:
-            raise ConfigError(
-                f"optimizer.learning_rate={self.optimizer.learning_rate}: every stage has its own learning_rate; "
-                "set it there"
-            )
         text = self.task == "text"
         idle = ("pointer_chasing",) if text else ("corpus", "corpus_bytes", "tokenizer")
         for name in idle:

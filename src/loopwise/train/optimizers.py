@@ -32,8 +32,6 @@ class OptimizerConfig:
 
     name: str = "adamw"
     """`adamw`, or `muon`: Muon for the matrices inside the layers, AdamW for everything else."""
-    learning_rate: float = 3e-4
-    """Peak rate; the schedule multiplies it. Looped models want a smaller one than unrolled models of equal size."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the first and second moment (Ouro, table 1; Huginn, section 4)."""
     eps: float = 1e-8
@@ -45,14 +43,14 @@ class OptimizerConfig:
     clip: float | None = 1.0
     """Largest global norm of the gradients; larger ones are scaled down to it. None: no clipping."""
     muon_scale: float = 1.0
-    """Muon's learning rate as a multiple of `learning_rate`."""
+    """Muon's learning rate as a multiple of AdamW's."""
     muon_momentum: float = 0.95
     """Muon's momentum (Nesterov)."""
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ConfigError(f"optimizer.name={self.name!r} is unknown; use one of: {', '.join(NAMES)}")
-        for field in ("learning_rate", "eps", "muon_scale"):
+        for field in ("eps", "muon_scale"):
             value = getattr(self, field)
             if not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"optimizer.{field}={value}: use a number above 0, such as 3e-4")
@@ -159,7 +157,10 @@ class Piece:
 
 
 class Optimizer:
-    """AdamW, with Muon beside it for the pieces; steps both, clips, skips, and knows its state by parameter name."""
+    """AdamW, with Muon beside it for the pieces; steps both, clips, skips, and knows its state by parameter name.
+
+    It has no rate of its own: each step is told one.
+    """
 
     def __init__(
         self,
@@ -183,9 +184,7 @@ class Optimizer:
                 if names
             ]
             fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in adamw.values())
-            rest = torch.optim.AdamW(
-                groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused, foreach=not fused
-            )
+            rest = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused, foreach=not fused)
             self._members.append((rest, decayed + others, 1.0))
         if pieces:
             on_cpu = all(piece.whole.device.type == "cpu" for piece in pieces)
@@ -193,7 +192,7 @@ class Optimizer:
             kind = WideMuon if on_cpu else torch.optim.Muon
             matrices = kind(
                 [piece.proxy for piece in pieces],
-                lr=config.learning_rate,
+                lr=0.0,
                 weight_decay=config.weight_decay,
                 momentum=config.muon_momentum,
                 adjust_lr_fn="match_rms_adamw",
