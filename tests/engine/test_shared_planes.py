@@ -14,8 +14,8 @@ from loopwise.engine.engine import Engine
 from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.speculation import Speculation
-from loopwise.errors import ConfigError
-from loopwise.memory.policies import parse_policy
+from loopwise.errors import ConfigError, InputError
+from loopwise.loops.planes import parse_policy
 from loopwise.models.looped_lm import LoopedLM
 
 HERE = Path(__file__).parent
@@ -140,6 +140,34 @@ def test_the_policies_differ() -> None:
     assert answers["per_loop"] == answers["last_exited"]
     del answers["collapse"], answers["last_exited"]
     assert len({round(logprobs[-1], 6) for logprobs in answers.values()}) == len(answers)
+
+
+@pytest.mark.parametrize(
+    ("policy", "planes"), [("per_loop", 10), ("collapse", 2), ("decode_shared", 6), ("single:per_position", 2)]
+)
+def test_memory_that_an_answer_keeps(policy: str, planes: int) -> None:
+    """The prompt fills one page, the answer begins another."""
+    model = model_of("ouro")
+    engine = Engine(model, policy, speculate="off", max_loops=8)
+    kept = engine.generate([[1] * 16], Sampling(max_tokens=5, max_loops=5))[0].kv_bytes
+    assert kept == planes * layout_of(model).page_bytes(1)
+    engine.check_idle()
+
+
+def test_an_answer_goes_on_where_a_collapsed_prompt_ends() -> None:
+    model = model_of("ouro")
+    done = Engine(model, "collapse", max_loops=8).generate([[1] * 18], Sampling(max_tokens=5, max_loops=3))[0]
+    assert done.kv_bytes == 2 * layout_of(model).page_bytes(1)
+
+
+def test_shared_answers_fit_where_planes_of_their_own_would_not() -> None:
+    model, sampling = model_of("ouro"), Sampling(max_tokens=46)
+    room = 2 * layout_of(model).group_bytes(LOOPS)
+    assert (
+        len(Engine(model, "decode_shared", memory=room, max_loops=LOOPS).generate([[1, 2]], sampling)[0].tokens) == 46
+    )
+    with pytest.raises(InputError, match=r"prompt and answer of 48 tokens need up to (\d+) bytes.*memory=\1\)"):
+        Engine(model, "per_loop", memory=room, max_loops=LOOPS).generate([[1, 2]], sampling)
 
 
 class TestRefusals:

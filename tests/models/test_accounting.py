@@ -134,10 +134,30 @@ def test_last_exited_keeps_a_plane_for_each_loop_that_ran() -> None:
     assert kv_bytes(OURO_1_4B, "last_exited", loops=4, mean_loops=2.5, bytes_per_number=2) == 24 * 2.5 * per_layer
     assert kv_bytes(OURO_1_4B, "per_loop", loops=4, mean_loops=2.5, bytes_per_number=2) == 24 * 4 * per_layer
     assert count_planes("single", loops=5, mean_loops=2.0) == 1
+    assert count_planes("last_exited", loops=5, mean_loops=2.0, generated=False) == 5
+
+
+@pytest.mark.parametrize(
+    ("policy", "prompt", "answer"),
+    [
+        ("per_loop", 5, 5),
+        ("collapse", 1, 1),
+        ("decode_shared", 5, 1),
+        ("single", 1, 1),
+        ("average:per_position", 1, 1),
+        ("first_then_shared", 2, 2),
+        ("modulo:3", 3, 3),
+        ("modulo:7", 5, 5),
+    ],
+)
+def test_what_policies_keep(policy: str, prompt: int, answer: int) -> None:
+    assert count_planes(policy, loops=5, generated=False) == prompt
+    assert count_planes(policy, loops=5) == answer
+    assert count_planes(policy, loops=5, mean_loops=1) == (5 if policy == "per_loop" else 1)
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"allowed are per_loop, last_exited, single"):
+    with pytest.raises(ConfigError, match=r"allowed are per_loop, last_exited, collapse"):
         count_planes("modulo", loops=5)
     with pytest.raises(ConfigError, match="allowed is 1 to loops=5"):
         count_planes("last_exited", loops=5, mean_loops=6.0)

@@ -29,8 +29,8 @@ from loopwise.engine.speculation import Speculation, Speculator, parse_speculati
 from loopwise.errors import ConfigError, InputError
 from loopwise.loops.drivers import check_loops
 from loopwise.loops.exits import ExitRule
+from loopwise.loops.planes import PlanePolicy, parse_policy
 from loopwise.memory.paged import PagedMemory
-from loopwise.memory.policies import PlanePolicy, parse_policy
 from loopwise.memory.prefix import PrefixCache
 from loopwise.models.looped_lm import LoopedLM
 
@@ -101,7 +101,7 @@ class Engine:
 
     Args:
         policy: the plane policy: "per_loop" (as trained; who leaves early fills its planes afterwards), "last_exited"
-            (who leaves early does no more work), or one of the shared ones (`memory/policies.py`).
+            (who leaves early does no more work), or one of the shared ones (`loops/planes.py`).
         speculate: "auto" (drafts where they pay, measured), "off", a draft loop such as "2", or "2:once".
         memory: bytes for keys and values, as a number or a text such as "4GiB".
         chunk: prompt positions of one tick at most; None takes whole prompts.
@@ -222,7 +222,7 @@ class Engine:
             )
         ids = encode_prompt(model, prompt)
         room = min(sampling.max_tokens, model.config.max_positions - len(ids))
-        self._check_room(len(ids) + room - 1, checked.max_loops)
+        self._check_room(len(ids), room, checked.max_loops)
         check_replay(replay, room, checked.max_loops)
         return Request(
             prompt=ids,
@@ -238,15 +238,18 @@ class Engine:
         """Budgets need answers one after the other, and rules that read a coda need its final entries."""
         return not ("allowance" in rule.needs or ("logits" in rule.needs and len(self.model.coda)))
 
-    def _check_room(self, positions: int, loops: int) -> None:
-        pages = -(-positions // self._memory.layout.page)
-        core = pages * len(self.policy.stored(loops, generated=False))
-        boundary = self._memory.boundary
+    def _check_room(self, prompt: int, answer: int, loops: int) -> None:
+        """Refuse a request whose keys and values would not fit if it were alone."""
+        layout, boundary = self._memory.layout, self._memory.boundary
+        begun, pages = -(-prompt // layout.page), -(-(prompt + answer - 1) // layout.page)
+        core = begun * len(self.policy.stored(loops, generated=False))
+        core += (pages - begun) * len(self.policy.stored(loops, generated=True))
         if core > self._memory.core.pages or (boundary is not None and pages > boundary.pages):
-            layout = self._memory.layout
-            needed = pages * layout.group_bytes(len(self.policy.stored(self.max_loops, generated=False)))
+            stored = len(self.policy.stored(self.max_loops, generated=False))
+            groups = max(-(-core // stored), pages if boundary is not None else 0)
+            needed = groups * layout.group_bytes(stored)
             raise InputError(
-                f"prompt and answer of {positions + 1} tokens need up to {needed} bytes of keys and values, and this "
+                f"prompt and answer of {prompt + answer} tokens need up to {needed} bytes of keys and values, and this "
                 f"engine has {self.budget}; lower max_tokens, or make it with Engine(..., memory={needed})"
             )
 
@@ -256,12 +259,7 @@ class Engine:
         start = request.sampling.start
         if start is None and self.model.facts.random_start:
             start = self.model.config.start_seed
-        deep = bool(len(self.model.coda)) or self.policy.name not in (
-            "per_loop",
-            "last_exited",
-            "collapse",
-            "decode_shared",
-        )
+        deep = bool(len(self.model.coda)) or self.policy.knows_depth
         return str(self.policy), hash(weights), start, request.max_loops if deep else None
 
     # Driving

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from loopwise.engine.request import Chunk, Request, Row
 from loopwise.engine.speculation import CostCurve, measure_costs
+from loopwise.loops.planes import parse_policy
 from loopwise.memory.paged import BOUNDARY, Layout, PagedMemory
-from loopwise.memory.policies import parse_policy
 from loopwise.models.looped_lm import LMContext, LoopedLM
 from loopwise.nn.rotary import Rotary
 

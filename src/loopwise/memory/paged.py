@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loopwise.loops.planes import PlanePolicy
 from loopwise.memory.pages import PagePool, page_bytes
-from loopwise.memory.policies import PlanePolicy
 from loopwise.nn.kernels import paged_attention
 
 BOUNDARY = 0
@@ -176,13 +176,17 @@ class PagedMemory:
         self._table[pages.seat, self._alias[left, generated], position] = self._table[pages.seat, left, position]
 
     def collapse(self, pages: PageList, length: int, loops: int) -> None:
-        """Every reader of the first `length` positions finds plane `loops`; the other planes' pages go back."""
+        """Every reader of the first `length` positions finds plane `loops`; the other planes' pages go back.
+
+        What is kept becomes the plane of generated positions, so that the answer begins on the prompt's last page.
+        """
         table = self._table[pages.seat]
         table[1:, :length] = table[loops, :length]
         for plane in [plane for plane in pages.planes if plane not in (BOUNDARY, loops)]:
             for page in pages.held(plane):
                 self.core.release(page)
             del pages.planes[plane]
+        pages.planes[self.policy.store(loops, self.planes, generated=True)] = pages.planes.pop(loops)
 
     def reach(self, position: int) -> None:
         """Make the tables long enough for a position."""

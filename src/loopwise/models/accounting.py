@@ -9,20 +9,11 @@ out, as usual.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from loopwise.errors import ConfigError
+from loopwise.loops.planes import parse_policy
 from loopwise.models.config import LoopedLMConfig
 
-PlanePolicy = Literal["per_loop", "last_exited", "single"]
-"""How many planes of keys and values a token keeps per core layer.
-
-per_loop     one for each loop
-last_exited  one for each loop it ran (readers beyond take the last)
-single       one, overwritten by every loop
-"""
-
-PLANE_POLICIES: tuple[PlanePolicy, ...] = get_args(PlanePolicy)
 _NORMS_PER_BLOCK = {"pre": 2, "post": 2, "branch": 2, "pre_branch": 4, "pre_post": 4}
 
 
@@ -105,22 +96,24 @@ def count_flops(config: LoopedLMConfig, *, context: int = 0) -> FlopCount:
     )
 
 
-def count_planes(policy: str, *, loops: int, mean_loops: int | float | None = None) -> float:
-    """Planes of keys and values that a token keeps per core layer.
+def count_planes(policy: str, *, loops: int, mean_loops: int | float | None = None, generated: bool = True) -> float:
+    """Planes of keys and values that a token keeps per core layer under one of the policies of `loops/planes.py`.
 
     Args:
         loops: most loops of the run.
-        mean_loops: mean loops after which tokens stop; only `last_exited` keeps less for it. None means all.
+        mean_loops: mean loops after which tokens stop (`per_loop` fills all planes even so). Where loops share planes
+            this is exact for tokens that all stop alike, and a bound for a mean. None means all.
+        generated: a token of the answer; False for one of the prompt, which runs every loop.
 
     Raises:
         ConfigError: for an unknown policy or a mean that no run has.
     """
-    if policy not in PLANE_POLICIES:
-        raise ConfigError(f"policy={policy!r}: allowed are {', '.join(PLANE_POLICIES)}")
+    declared = parse_policy(policy)
     mean = float(loops if mean_loops is None else mean_loops)
     if not 1 <= mean <= loops:
         raise ConfigError(f"mean_loops={mean}: allowed is 1 to loops={loops}")
-    return {"per_loop": float(loops), "last_exited": mean, "single": 1.0}[policy]
+    kept = float(declared.kept(loops, generated=generated))
+    return kept if declared.fills or not generated else min(mean, kept)
 
 
 def kv_bytes(
@@ -130,13 +123,14 @@ def kv_bytes(
     loops: int,
     bytes_per_number: int,
     mean_loops: int | float | None = None,
+    generated: bool = True,
 ) -> float:
-    """Bytes of keys and values that one token keeps, prelude and coda included.
+    """Bytes of keys and values that one token keeps, prelude and coda included; see `count_planes`.
 
-    For `last_exited` this is what the planes themselves need; memory that comes in pages frees less.
+    This is what the planes themselves need; memory that comes in pages frees less when tokens stop early.
     """
     layers = config.prelude_layers + config.coda_layers
-    planes = layers + config.core_layers * count_planes(policy, loops=loops, mean_loops=mean_loops)
+    planes = layers + config.core_layers * count_planes(policy, loops=loops, mean_loops=mean_loops, generated=generated)
     return planes * 2.0 * config.kv_heads * config.head_width * bytes_per_number
 
 

@@ -62,6 +62,11 @@ class PlanePolicy:
         return self.name in ("per_loop", "last_exited")
 
     @property
+    def knows_depth(self) -> bool:
+        """Whether loops overwrite each other's planes of a prompt, so that it matters how many there are."""
+        return self.prefill != "chunks"
+
+    @property
     def shares_generated(self) -> bool:
         """Whether pages of generated positions that ran every loop equal those of the same tokens in a prompt."""
         return self.prefill == "per_position" or self.name in ("per_loop", "last_exited")
@@ -84,6 +89,10 @@ class PlanePolicy:
         if generated and self.name == "collapse":
             return loops
         return loop
+
+    def kept(self, loops: int, *, generated: bool) -> int:
+        """Planes that a position which ran every loop keeps for good, once the prompt has been read."""
+        return 1 if self.collapses else len(self.stored(loops, generated=generated))
 
     def readers(self, loop: int, loops: int, *, generated: bool) -> list[int]:
         """The loops whose readers find what is written at `loop`."""
