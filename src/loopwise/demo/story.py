@@ -131,11 +131,11 @@ def _learn_hops(options: DemoOptions, console: Console) -> tuple[Staircase, Loop
         table.add_row(f"{loop} loop{'s' if loop > 1 else ''}", *(_shaded(share) for share in row))
     table.add_row("[bold]loops the gate spends", *(f"[bold]{mean:.2f}" for mean in staircase.loops_used))
     console.print(Padding(table, (0, 3)))
-    console.print(
-        f"   accuracy on new questions, chance is {chance(task):.2f}. With the gate: {staircase.exit_accuracy:.3f} at "
+    _say(
+        console,
+        f"accuracy on new questions, chance is {chance(task):.2f}. With the gate: {staircase.exit_accuracy:.3f} at "
         f"{staircase.point.mean_loops:.2f} of {config.pointer_chasing.max_hops} loops; rank correlation of loops with "
         f"hops {staircase.correlation:.2f}.",
-        highlight=False,
     )
     return staircase, _hop_trace(result.model, task, batches[0], HOP_RULE)
 
@@ -214,7 +214,8 @@ def _learn_text(options: DemoOptions, console: Console) -> tuple[LanguageReport,
             skip.rule, f"{skip.mean_loops:.2f}", f"{skip.loss:.4f}", f"{skip.mixed_loss:.4f}", f"{fill.loss:.4f}"
         )
     console.print(Padding(table, (0, 3)))
-    console.print(f"   {verdict(report, speed)}", highlight=False)
+    _say(console, verdict(report, speed))
+    console.print()
     passage = next(_passages(model, options.corpus))
     rule = report.middle.skip.rule
     reading = _traced(model, passage, title="Reading: held-out text, a model trained just now", name="demo")
@@ -299,6 +300,11 @@ def _heading(console: Console, number: str, title: str, text: str) -> None:
     console.print(Text.assemble((f" {number} ", "bold reverse"), (f"  {title}", "bold")))
     console.print(Padding(Text(text, style="dim"), (0, 3)))
     console.print()
+
+
+def _say(console: Console, text: str) -> None:
+    console.print()
+    console.print(Padding(Text(text), (0, 3)))
 
 
 def _grid(*columns: str) -> Table:
