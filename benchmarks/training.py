@@ -15,14 +15,19 @@ at most three times, and is marked if it never held still.
 """
 
 import json
-import resource
+import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+# As `loopwise train` does, and for both sides; it counts only before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor
@@ -32,13 +37,13 @@ from loopwise.models.looped_lm import LoopedLM, initialise
 from loopwise.objectives.base import LoopPlan
 from loopwise.objectives.registry import build_objective
 from loopwise.train.batches import Batch
-from loopwise.train.machine import Probe, environment, keep_freed_memory
+from loopwise.train.machine import Probe, environment, keep_freed_memory, matmul_peak
 from loopwise.train.optimizers import Optimizer, OptimizerConfig, build_optimizer
 from loopwise.train.step import executed_flops, micro_batch_loss
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 ROWS, TOKENS, VOCABULARY, WIDTH, HEADS, MLP, LAYERS, LOOPS = 8, 256, 4096, 512, 8, 1408, 4, 4
-ROUNDS = 5
+ROUNDS = 9
 DEPTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
@@ -132,25 +137,31 @@ def measure_speed() -> dict[str, Any]:
         "loopwise": lambda: loop_step(model, optimizer, batch, "last", plan),
         "llama": llama.step,
     }
+    for _ in range(2):
+        for work in sides.values():
+            work()
     times: dict[str, list[float]] = {name: [] for name in sides}
-    peaks: list[float] = []
-    for turn in range(ROUNDS + 2):
+    peaks = [matmul_peak()]
+    for _ in range(ROUNDS):
         for name, work in sides.items():
-            took = seconds(work)
-            if turn >= 2:
-                times[name].append(took)
-        if turn >= 2:
-            peaks.append(Probe().read().matmul)
+            times[name].append(seconds(work))
+        peaks.append(matmul_peak())
     flops = executed_flops(model.config, plan, tokens=ROWS * TOKENS, context=TOKENS, trains="model")
+    # Ratios within a round: where the machine's clock changes from round to round, medians of seconds say little.
+    around = [(before + after) / 2 for before, after in pairwise(peaks)]
+    shares = [flops / took / peak for took, peak in zip(times["loopwise"], around, strict=True)]
+    ratios = [theirs / ours for theirs, ours in zip(times["llama"], times["loopwise"], strict=True)]
     median = {name: statistics.median(values) for name, values in times.items()}
-    peak = statistics.median(peaks)
     return {
+        "rounds": ROUNDS,
         "seconds": median,
         "spread": {name: [min(values), max(values)] for name, values in times.items()},
         "tokens_per_second": {name: ROWS * TOKENS / value for name, value in median.items()},
-        "peak_gflops": peak / 1e9,
-        "share_of_peak": flops / median["loopwise"] / peak,
-        "times_llama": median["llama"] / median["loopwise"],
+        "peak_gflops": statistics.median(peaks) / 1e9,
+        "share_of_peak": statistics.median(shares),
+        "share_of_peak_spread": [min(shares), max(shares)],
+        "times_llama": statistics.median(ratios),
+        "times_llama_spread": [min(ratios), max(ratios)],
     }
 
 
@@ -176,8 +187,12 @@ def measure_depth() -> dict[str, Any]:
             fixed_costs.append(cost(LOOPS))
         random_rates.append(sum(c[0] for c in random_costs) / sum(c[1] for c in random_costs))
         fixed_rates.append(sum(c[0] for c in fixed_costs) / sum(c[1] for c in fixed_costs))
-    ratio = statistics.median(r / f for r, f in zip(random_rates, fixed_rates, strict=True))
-    return {"depths": list(order), "seconds_per_flop_over_fixed": ratio}
+    ratios = [r / f for r, f in zip(random_rates, fixed_rates, strict=True)]
+    return {
+        "depths": list(order),
+        "seconds_per_flop_over_fixed": statistics.median(ratios),
+        "spread": [min(ratios), max(ratios)],
+    }
 
 
 def measure_memory() -> dict[str, Any]:
@@ -188,9 +203,14 @@ def measure_memory() -> dict[str, Any]:
     return {"peak_bytes": peaks, "ratio": peaks["expected"]["over"] / peaks["last"]["over"]}
 
 
+def peak_memory() -> int:
+    """Peak bytes of this program. Not ru_maxrss, which begins with the size of the process that started this one."""
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
+
+
 def memory_child(objective: str) -> None:
     """Peak memory beyond the imports of three steps, on stdout."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_memory()
     batch = batch_of(2, 1024, 49_152)
     model = looped(49_152, 1024)
     optimizer = build_optimizer(model.named_parameters(), OptimizerConfig())
@@ -200,7 +220,7 @@ def memory_child(objective: str) -> None:
         micro_batch_loss(model, batch, built, plan, recompute=True).loss.total.backward()
         optimizer.step(1e-4)
         optimizer.zero_grad()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     print(json.dumps({"peak": peak, "over": peak - before}))
 
 
