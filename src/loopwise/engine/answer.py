@@ -127,13 +127,14 @@ class Answer:
 
     def completion(self, *, seconds: float, prompt_seconds: float) -> Completion:
         """What there is so far."""
+        made = tuple(self.made)  # once, since another thread may add to it meanwhile
         return Completion(
             prompt=self.prompt,
-            tokens=tuple(made.token for made in self.made),
+            tokens=tuple(one.token for one in made),
             text=None if self._stream is None else "".join(self._texts + self._stream.held),
-            loops=tuple(made.loops for made in self.made),
-            logprobs=tuple(made.logprob for made in self.made),
-            tops=tuple(made.tops for made in self.made),
+            loops=tuple(one.loops for one in made),
+            logprobs=tuple(one.logprob for one in made),
+            tops=tuple(one.tops for one in made),
             finish_reason=self.reason,
             kv_bytes=self.kv_bytes,
             sample=self.sample,

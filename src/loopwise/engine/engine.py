@@ -63,6 +63,7 @@ class Ticket:
                 self._engine.tick()
             emission = self._queue.get()
             if emission is None:
+                self._queue.put(None)  # whoever iterates again sees the end too
                 self._engine.raise_failure()
                 return
             yield emission
@@ -130,7 +131,7 @@ class Engine:
         config = model.config
         self.model = model
         self.policy = parse_policy(policy)
-        self.max_loops = max_loops or max(config.loops, config.trained_loops[1])
+        self.max_loops = max(config.loops, config.trained_loops[1]) if max_loops is None else max_loops
         self.seats = seats
         for name, value in (("seats", seats), ("rows", rows), ("chunk", chunk), ("max_loops", self.max_loops)):
             if value is not None and value < 1:
@@ -175,6 +176,7 @@ class Engine:
         self._tickets: dict[int, Ticket] = {}
         self._inbox: queue.SimpleQueue[tuple[str, Request]] = queue.SimpleQueue()
         self._work = threading.Condition()
+        self._ticking = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._failure: BaseException | None = None
@@ -199,17 +201,19 @@ class Engine:
             ConfigError: settings that this model or engine cannot serve.
             InputError: an empty or too long prompt, ids outside the vocabulary, or an answer that memory cannot hold.
         """
-        self.raise_failure()
-        sampling = sampling or Sampling()
-        request = self._request(prompt, sampling, sample, replay)
-        ticket = Ticket(self, request)
-        self._tickets[request.number] = ticket
-        self._send("submit", request)
-        return ticket
+        return self._open(self._request(prompt, sampling or Sampling(), sample, replay))
 
     def abort(self, ticket: Ticket) -> None:
         """End a request now; its completion keeps what there is, and says "abort"."""
         self._send("abort", ticket._request)
+
+    def _open(self, request: Request) -> Ticket:
+        self.raise_failure()
+        ticket = self._tickets[request.number] = Ticket(self, request)
+        self._send("submit", request)
+        if self._failure is not None:
+            ticket.close()  # the thread may have stopped before it could see this one
+        return ticket
 
     def _request(self, prompt: str | Sequence[int], sampling: Sampling, sample: int, replay: Replay | None) -> Request:
         model = self.model
@@ -271,16 +275,17 @@ class Engine:
 
     def tick(self) -> bool:
         """Run everything that is ready for one loop; False when there is nothing to do. Not while a thread drives."""
-        while True:
-            try:
-                kind, request = self._inbox.get_nowait()
-            except queue.Empty:
-                break
-            if kind == "submit":
-                self._core.scheduler.waiting.append(request)
-            elif request.stage is not Stage.DONE:
-                self._core.end(request)
-        return self._core.tick()
+        with self._ticking:  # without a thread of the engine's own, several waiting threads may drive it in turn
+            while True:
+                try:
+                    kind, request = self._inbox.get_nowait()
+                except queue.Empty:
+                    break
+                if kind == "submit":
+                    self._core.scheduler.waiting.append(request)
+                elif request.stage is not Stage.DONE:
+                    self._core.end(request)
+            return self._core.tick()
 
     def __enter__(self) -> "Engine":
         """Start a thread that ticks whenever there is work."""
@@ -300,6 +305,7 @@ class Engine:
             self._work.notify()
         if self._thread is not None:
             self._thread.join()
+            # From here on whoever waits for an answer drives; so nobody is left waiting for a thread that is gone.
             self._thread = None
         if self._failure is None:
             for ticket in list(self._tickets.values()):
@@ -370,10 +376,7 @@ class Engine:
             for prompt, one, replay in zip(prompts, settings, followed, strict=True)
             for sample in range(one.n)
         ]
-        tickets = []
-        for request in requests:
-            tickets.append(self._tickets.setdefault(request.number, Ticket(self, request)))
-            self._send("submit", request)
+        tickets = [self._open(request) for request in requests]
         if not progress:
             return [ticket.wait() for ticket in tickets]
         from rich.progress import track
