@@ -24,6 +24,7 @@ VERBS = {
     "generate": "Continue a prompt, spending loops where they are needed",
     "chat": "Talk with a model",
     "info": "Say what a checkpoint is: parameters, loops, memory and work per loop",
+    "bench": "Measure the engine on this machine",
     "convert": "Change a checkpoint's format, number type or depth",
 }
 """Verb to its line in `loopwise --help`. Its function `command` lives in the module of that name beside this one."""

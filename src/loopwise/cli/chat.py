@@ -54,7 +54,14 @@ def command(
 
     config = read_settings(ChatConfig, words or [])
     accept_any_text()
-    session = Session(load_model(model, config), model, config, system=system, plain=plain, show_loops=show_loops)
+    session = Session(
+        load_model(model, dtype=config.dtype, device=config.device),
+        model,
+        config,
+        system=system,
+        plain=plain,
+        show_loops=show_loops,
+    )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         session.greet()

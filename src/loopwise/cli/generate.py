@@ -64,7 +64,7 @@ def command(
     if trace is not None and config.n > 1:
         raise ConfigError(f"--trace saves one answer, and n={config.n}; type --page, or leave n out")
     accept_any_text()
-    loaded = load_model(model, config)
+    loaded = load_model(model, dtype=config.dtype, device=config.device)
     answers = answer(loaded, text, config, quiet=as_json, show_loops=show_loops)
     interrupted = answers[-1].interrupted
     if trace is not None or page is not None:

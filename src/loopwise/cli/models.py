@@ -24,7 +24,7 @@ from loopwise.models.looped_lm import LoopedLM
 from loopwise.studio.glyphs import visible
 from loopwise.studio.terminal import TokenPrinter
 
-Settings = TypeVar("Settings", bound="TalkConfig")
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,7 @@ class ChatConfig(TalkConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n != 1:
-            raise ConfigError(
-                f"n={self.n}: a chat has one reply; type: loopwise generate MODEL PROMPT n=2"
-            )
+            raise ConfigError(f"n={self.n}: a chat has one reply; type: loopwise generate MODEL PROMPT n=2")
 
 
 def read_settings(cls: type[Settings], words: Sequence[str]) -> Settings:
@@ -99,7 +97,7 @@ def is_setting(word: str) -> bool:
     return re.match(r"[A-Za-z_][\w.]*=", word) is not None
 
 
-def load_model(name: str, config: TalkConfig) -> LoopedLM:
+def load_model(name: str, *, dtype: str | None, device: str) -> LoopedLM:
     """The checkpoint, where and as the settings say.
 
     Raises:
@@ -107,14 +105,14 @@ def load_model(name: str, config: TalkConfig) -> LoopedLM:
         UserError: for a checkpoint that is not there or broken.
     """
     try:
-        device = torch.device(config.device)
+        where = torch.device(device)
     except RuntimeError:
-        raise ConfigError(f"device={config.device}: allowed are cpu, cuda, cuda:1, mps") from None
+        raise ConfigError(f"device={device}: allowed are cpu, cuda, cuda:1, mps") from None
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if (device.index or 0) >= there.get(device.type, 0):
+    if (where.index or 0) >= there.get(where.type, 0):
         found = ", ".join(f"{count} {kind}" for kind, count in there.items() if count)
-        raise ConfigError(f"device={config.device}: there is no such device here (found {found}); type: device=cpu")
-    return load(name, dtype=config.dtype, device=device)
+        raise ConfigError(f"device={device}: there is no such device here (found {found}); type: device=cpu")
+    return load(name, dtype=dtype, device=where)
 
 
 class AnswerPrinter:

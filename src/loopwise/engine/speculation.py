@@ -65,7 +65,7 @@ class CostCurve:
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
 
-    def __call__(self, rows: float) -> float:
+    def __call__(self, rows: int | float) -> float:
         """Between measurements a straight line; beyond the last, in proportion."""
         if rows >= self.rows[-1]:
             return self.seconds[-1] * rows / self.rows[-1]
@@ -120,13 +120,23 @@ class Speculator:
             self._costs = self._measure()
         return self._costs
 
+    @property
+    def settles(self) -> float:
+        """Loops of the row before after which the right draft runs, as seen lately."""
+        return self._settles
+
+    @property
+    def flight(self) -> float:
+        """Rows that a request has in flight when nothing holds it back."""
+        return max(1.0, self._loops / max(self._settles, 1.0))
+
     def window(self, rows: int) -> int:
         """Drafts ahead of the frontier that pay, when `rows` rows run in any case."""
         if self.settings.window is not None:
             return self.settings.window
         if rows == 0:
             return 0
-        most = self._loops / max(self._settles, 1.0)
+        most = self.flight
         best, best_cost = 0, self.costs(rows)
         for window in range(1, MOST + 1):
             flight = min(window + 1.0, most)
