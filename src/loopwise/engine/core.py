@@ -114,6 +114,8 @@ class Core:
                 stopped.append((request, row))
             elif planned is None:
                 open_rows.setdefault(request.rule, []).append((request, row))
+        # Before the others are judged: a bench is fastest when all its rows have run.
+        self._forget(stopped)
         signal = None
         for rule, members in open_rows.items():
             if "signal" in rule.needs and signal is None:
@@ -121,25 +123,26 @@ class Core:
             logits = None
             if "logits" in rule.needs:
                 logits = self.runner.read(members, after[[row.launched for _, row in members]])
-            allowances = [request.allowance(row) for request, row in members]
+            allowances = [request.allowance(row) for request, row in members] if "allowance" in rule.needs else []
             stops = self._bench(rule).judge(
                 [row for _, row in members],
                 state=after,
                 previous=before,
                 signal=signal,
                 logits=logits,
-                allowances=[one for one in allowances if one is not None] if "allowance" in rule.needs else None,
+                allowances=[one for one in allowances if one is not None] or None,
             )
-            stopped += [
+            leaving = [
                 (request, row)
                 for (request, row), stop in zip(members, stops, strict=True)
                 if stop and row.loop >= request.sampling.min_loops
             ]
+            self._forget(leaving)
+            stopped += leaving
         for request, row in stopped:
             row.left = row.loop
             if self._policy.fills and row.loop < request.max_loops and row.position > len(request.left):
                 row.left_state = after[row.launched].clone()
-            self._forget(request, [row])
             if not self._policy.fills and request.pages is not None:
                 self._memory.settle(request.pages, row.position, row.left, generated=True)
 
@@ -148,13 +151,16 @@ class Core:
             self._benches[rule] = Bench(rule, self.runner.device)
         return self._benches[rule]
 
-    def _forget(self, request: Request, rows: Sequence[Row]) -> None:
-        watched = [row for row in rows if row.watched]
-        if watched:
-            bench = self._benches[request.rule]
-            bench.forget(watched)
-            if not len(bench):
-                del self._benches[request.rule]
+    def _forget(self, rows: Sequence[tuple[Request, Row]]) -> None:
+        """Rows that stopped or were dropped need no exit rule any more."""
+        by_rule: dict[ExitRule, list[Row]] = {}
+        for request, row in rows:
+            if row.watched:
+                by_rule.setdefault(request.rule, []).append(row)
+        for rule, watched in by_rule.items():
+            self._benches[rule].forget(watched)
+            if not len(self._benches[rule]):
+                del self._benches[rule]
 
     # What rows say
 
@@ -327,7 +333,7 @@ class Core:
         if not rows:
             return
         del request.flight[place:]
-        self._forget(request, rows)
+        self._forget([(request, row) for row in rows])
         for row in rows:
             if row.seat >= 0:
                 self.runner.seats.give(row.seat)
