@@ -1,14 +1,19 @@
 """The benchmark's arithmetic and its plumbing, on tiny models; no test looks at a clock."""
 
+import json
 import runpy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import loopwise
+from loopwise.bench.drafts import keep_drafts, tune_drafts
 from loopwise.bench.engine import BenchConfig, Load, crowd, depth_batching, load_flops, one_request, ratios, take_turns
 from loopwise.cli.bench import render
-from loopwise.errors import ConfigError
+from loopwise.engine.engine import Engine
+from loopwise.engine.speculation import saved_speculation
+from loopwise.errors import ConfigError, StorageError
 from loopwise.models.looped_lm import LoopedLM
 
 TESTS = Path(__file__).parents[1]
@@ -48,7 +53,9 @@ def test_sides_take_turns() -> None:
 
 
 @pytest.mark.parametrize(("shape", "rule"), [("ouro", "hazard:0.5"), ("huginn", "delta:0.8")])
-def test_scenarios_run_on_any_model_and_become_a_table(shape: str, rule: str) -> None:
+def test_scenarios_run_on_any_model_and_become_a_table(shape: str, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It reads gigabytes, which says nothing here.
+    monkeypatch.setattr("loopwise.bench.engine.read_bandwidth", lambda: 1e10)
     model = tiny(shape)
     found = {
         "threads": 1,
@@ -72,3 +79,27 @@ def test_scenarios_run_on_any_model_and_become_a_table(shape: str, rule: str) ->
 def test_a_wrong_setting_is_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         BenchConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_the_best_drafts_are_kept_beside_the_weights_and_found_again(tmp_path: Path) -> None:
+    model = tiny("ouro")
+    loopwise.save(model, tmp_path / "model")
+    model = loopwise.load(tmp_path / "model")
+    found = tune_drafts(model, Load(requests=1, seats=1, prompt=3, tokens=3, rounds=1))
+    assert set(found["speedup"]) == {"off", "1", "1:once", "2"}
+    assert found["best"] in found["speedup"]
+    for best in ("1:once", "off"):
+        kept = keep_drafts(model, best)
+        assert saved_speculation(tmp_path / "model") == best
+        speculator = Engine(loopwise.load(tmp_path / "model"))._core.speculator
+        assert best == ("off" if speculator is None else str(speculator.settings))
+    # What else stood there stays.
+    raw = json.loads(kept.read_text())
+    kept.write_text(json.dumps(raw | {"temperature": 0.7}))
+    keep_drafts(model, "2")
+    assert json.loads(kept.read_text())["temperature"] == 0.7
+
+
+def test_a_model_without_a_folder_cannot_keep_drafts() -> None:
+    with pytest.raises(StorageError, match="save it first"):
+        keep_drafts(tiny("ouro"), "1")

@@ -15,40 +15,67 @@ CONFIG = "loopwise.bench.engine:BenchConfig"
 
 
 def command(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="What to measure: engine.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="What to measure: engine, or drafts.")],
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, a run, or a hub id.")
     ] = "shipped",
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the load.")
     ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="With drafts: write the best into the checkpoint's generation_config.json.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure the engine: depth batching, one request alone, many at once.
+    """Measure the engine: depth batching, one request alone, many at once; or which drafts pay for a model.
 
         loopwise bench engine MODEL requests=64 tokens=32 exit=hazard:0.5
+        loopwise bench drafts MODEL requests=4 --keep
 
     Leave the machine alone meanwhile. Sides of a comparison take turns in one process; probes of matrix products and
     copies run before and after, and a part during which they drifted by more than 15% is run again and marked.
     """
-    if what != "engine":
-        raise ConfigError(f"there is no benchmark {what!r}; allowed: engine")
+    if what not in ("engine", "drafts"):
+        raise ConfigError(f"there is no benchmark {what!r}; allowed: engine, drafts")
+    if keep and what != "drafts":
+        raise ConfigError("--keep writes down which drafts pay; type: loopwise bench drafts MODEL --keep")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from loopwise.bench.engine import BenchConfig, run
+    from loopwise.bench.drafts import keep_drafts, tune_drafts
+    from loopwise.bench.engine import BenchConfig, run, steady
     from loopwise.cli.models import is_setting, load_model, read_settings
 
     words = list(overrides or [])
     if is_setting(model):
         model, words = "shipped", [model, *words]
     config = read_settings(BenchConfig, words)
-    found = run(load_model(model, dtype=config.dtype, device=config.device), config)
+    loaded = load_model(model, dtype=config.dtype, device=config.device)
+    found = run(loaded, config) if what == "engine" else steady(lambda: tune_drafts(loaded, config))
+    kept = keep_drafts(loaded, found["best"]) if keep else None
     if as_json:
         typer.echo(json.dumps({"model": model} | found))
         return
     from rich.console import Console
 
-    Console(highlight=False).print(render(model, found))
+    table = render(model, found) if what == "engine" else render_drafts(model, found)
+    Console(highlight=False).print(table)
+    if kept is not None:
+        typer.echo(f"{kept} now says: {found['best']}")
+
+
+def render_drafts(model: str, found: dict[str, Any]) -> "Table":
+    """Each way of drafting beside plain decoding."""
+    from rich.table import Table
+
+    table = Table(title=f"drafts on {model}, one request at a time, {found['threads']} threads", title_justify="left")
+    for name in ("speculate=", "speed", "least to most", ""):
+        table.add_column(name)
+    for name, speed in found["speedup"].items():
+        spread = f"{speed['least']:.2f} to {speed['most']:.2f}"
+        table.add_row(name, f"{speed['median']:.2f}x", spread, "best" if name == found["best"] else "")
+    if not found["held_still"]:
+        table.caption = "the machine did not hold still"
+    return table
 
 
 def render(model: str, found: dict[str, Any]) -> "Table":

@@ -25,7 +25,7 @@ from loopwise.engine.request import Replay, Request, Stage, check_replay
 from loopwise.engine.runner import Runner, layout_of, measure_ticks
 from loopwise.engine.sampling import Sampling, check_vocabulary
 from loopwise.engine.scheduler import Scheduler
-from loopwise.engine.speculation import Speculation, Speculator, parse_speculation
+from loopwise.engine.speculation import Speculation, Speculator, parse_speculation, saved_speculation
 from loopwise.errors import ConfigError, InputError
 from loopwise.loops.drivers import check_loops
 from loopwise.loops.exits import ExitRule
@@ -103,7 +103,8 @@ class Engine:
     Args:
         policy: the plane policy: "per_loop" (as trained; who leaves early fills its planes afterwards), "last_exited"
             (who leaves early does no more work), or one of the shared ones (`loops/planes.py`).
-        speculate: "auto" (drafts where they pay, measured), "off", a draft loop such as "2", or "2:once".
+        speculate: "auto" (as measured for this checkpoint and kept in its generation_config.json, where it pays in this
+            tick), "off", a draft loop such as "2", or "2:once".
         memory: bytes for keys and values, as a number or a text such as "4GiB".
         chunk: prompt positions of one tick at most; None takes whole prompts.
         prefix_cache: whether prompts that begin alike share what was computed.
@@ -141,14 +142,15 @@ class Engine:
                 f"policy={self.policy}: here a prompt's numbers depend on how it is cut, so it takes chunk=None and "
                 f"prefix_cache=False; or type policy='{self.policy}:per_position', which is slow and does not"
             )
+        if speculate == "auto":
+            kept = saved_speculation(None if model.origin is None else model.origin.folder)
+            speculate = (kept or "auto") if self.policy.speculates else "off"
         drafting = parse_speculation(speculate)
         if drafting is not None and not self.policy.speculates:
-            if speculate != "auto":
-                raise ConfigError(
-                    f"speculate={speculate!r}: under policy={self.policy} a position waits for the one before it; "
-                    'type speculate="off", or policy="per_loop" or "last_exited"'
-                )
-            drafting = None
+            raise ConfigError(
+                f"speculate={speculate!r}: under policy={self.policy} a position waits for the one before it; "
+                'type speculate="off", or policy="per_loop" or "last_exited"'
+            )
         layout = layout_of(model)
         budget = parse_bytes(memory)
         paged = PagedMemory(
@@ -169,7 +171,7 @@ class Engine:
         )
         speculator = None
         if drafting is not None and self.max_loops > 1:
-            speculator = Speculator(drafting, lambda: measure_ticks(model, seats), config.loops)
+            speculator = Speculator(drafting, lambda: measure_ticks(runner.model, seats), config.loops)
         self._core = Core(
             runner, scheduler, prefix, speculator, identity=self._identity, emit=self._deliver, done=self._close
         )

@@ -14,8 +14,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from loopwise.errors import ConfigError
+from loopwise.hub.tokenizer_files import read_json
 
 MOST = 7
 """Drafts of one request in flight, at most."""
@@ -38,6 +40,19 @@ class Speculation:
                 f"speculation draft_loop={self.draft_loop}, window={self.window}: allowed are 1 or more, and 0 to "
                 f"{MOST} or None"
             )
+
+    def __str__(self) -> str:
+        return f"{self.draft_loop}" if self.redraft else f"{self.draft_loop}:once"
+
+
+def saved_speculation(folder: Path | None) -> str | None:
+    """What was measured to be best for the checkpoint in this folder, "off" or a text of `parse_speculation`.
+
+    Raises:
+        CheckpointError: its generation_config.json cannot be read.
+    """
+    own = {} if folder is None else read_json(folder / "generation_config.json").get("loopwise", {})
+    return own.get("speculate") if isinstance(own, dict) else None
 
 
 def parse_speculation(text: "str | Speculation | None") -> Speculation | None:
