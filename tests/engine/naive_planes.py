@@ -80,7 +80,8 @@ class NaivePlanes(NaiveLM):  # type: ignore[misc,valid-type]
             if self.config.gate:
                 row.hazards.append(self.hazard(state))
             row.logits.append(self.readout(state, place, place))
-            if loop == loops or (stop is not None and stop(place, row) and loop >= sampling.min_loops):
+            fired = stop is not None and stop(place, row) and loop >= sampling.min_loops
+            if fired or loop == loops:
                 break
         if self.name == "per_loop":
             filler = state

@@ -156,15 +156,15 @@ class TestAborts:
 class TestErrors:
     @pytest.fixture
     def broken(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-        """An engine whose model fails at its 20th loop."""
-        calls = iter(range(20))
-        step = engine.model.step
+        """An engine that fails in its 20th tick."""
+        turns = iter(range(19))
+        tick = engine._core.tick
 
-        def failing(*arguments: Any) -> Any:
-            next(calls)
-            return step(*arguments)
+        def failing() -> bool:
+            next(turns)
+            return tick()
 
-        monkeypatch.setattr(engine.model, "step", failing)
+        monkeypatch.setattr(engine._core, "tick", failing)
         return engine
 
     def test_an_error_in_the_thread_reaches_everybody_who_waits(self, broken: Engine) -> None:
@@ -290,6 +290,22 @@ class TestReplays:
         with pytest.raises(InputError, match=message):
             engine.submit([1], Sampling(max_tokens=3), replay=replay)
         engine.check_idle()
+
+
+def test_rows_that_step_aside_while_they_fill_may_end_together() -> None:
+    """Begun anew, a filling row and the frontier behind it run side by side and reach the last loop in one tick."""
+    sampling, replay = Sampling(max_tokens=6, max_loops=3), Replay(loops=(3, 1, 3, 1, 3, 2))
+    wanted = Engine(tiny(), speculate="off").generate([[7, 8]], sampling, replays=[replay])[0]
+    engine = Engine(tiny(), speculate="off")
+    ticket = engine.submit([7, 8], sampling, replay=replay)
+    scheduler = engine._core.scheduler
+    while engine.tick():
+        flight = scheduler.running[0].flight if scheduler.running else []
+        if [(row.left, row.loop) for row in flight] == [(1, 2), (0, 1)] and scheduler.preemptions < 2:
+            scheduler.step_aside(scheduler.running[0])
+    assert scheduler.preemptions == 2
+    check_same(ticket.completion, wanted)
+    engine.check_idle()
 
 
 class TestRefusals:

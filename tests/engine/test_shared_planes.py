@@ -27,7 +27,11 @@ LOOPS = 5
 PLAIN = ["per_loop", "last_exited", "collapse", "decode_shared"]
 LOCKSTEP = ["single", "average", "first_then_shared", "modulo:2", "modulo:3"]
 POLICIES = [*PLAIN, *LOCKSTEP, *(f"{policy}:per_position" for policy in LOCKSTEP)]
-RULES = {"ouro": [None, "hazard:0.7"], "huginn": ["delta:0.8", "kl:0.3"], "retrofitted-llama": ["fixed:2", "delta:0.8"]}
+RULES = {
+    "ouro": [None, "hazard:0.7", "budget:2.5:hazard:0.97"],
+    "huginn": ["delta:0.8", "kl:0.3"],
+    "retrofitted-llama": ["fixed:2", "delta:0.8"],
+}
 CASES = [(name, rule) for name, rules in RULES.items() for rule in rules]
 WHOLE_PROMPTS: dict[str, dict[str, Any]] = {
     "together": {},

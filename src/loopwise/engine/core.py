@@ -249,8 +249,8 @@ class Core:
         if not kept:
             self.drop(request, place)
             request.flight.append(Row(row.position + 1, choice.token))
-        if not self._policy.fills or row.loop == request.max_loops:
-            self._leave_flight(request, row)
+        if not self._policy.fills:
+            self._leave_flight(request, row)  # others leave when they have filled their planes, in order of position
 
     def _cascade(self, requests: Sequence[Request]) -> None:
         """A row that had stopped before it was confirmed speaks as soon as it is."""

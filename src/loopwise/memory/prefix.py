@@ -7,10 +7,12 @@ needs no more planes than the request will read. Tokens are compared on every hi
 """
 
 import hashlib
+from bisect import insort
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from loopwise.memory.paged import PagedMemory, PageList
+from loopwise.memory.pages import PagePool
 
 
 @dataclass
@@ -94,17 +96,27 @@ class PrefixCache:
             parent = key
 
     def shrink(self, plane: int, pages: int) -> bool:
-        """Free at least `pages` pages of this plane's pool, if what the cache alone holds allows it."""
+        """Free at least `pages` pages of this plane's pool, if what the cache alone holds allows it; else nothing."""
         pool = self._memory.pool(plane)
         target = pool.free + pages
-        leaves = sorted((entry for entry in self._entries.values() if not entry.children), key=lambda one: one.used)
+        if pool.free + sum(self._frees(entry, pool) for entry in self._entries.values()) < target:
+            return False
+
+        def order(entry: _Entry) -> tuple[bool, int]:
+            # Pages that somebody reads just now give no room; their entries go only to get at what they stand before.
+            return self._frees(entry, pool) == 0, entry.used
+
+        leaves = sorted((entry for entry in self._entries.values() if not entry.children), key=order)
         while pool.free < target and leaves:
             entry = leaves.pop(0)
             parent = self._drop(entry)
             if parent is not None and not parent.children:
-                leaves.insert(0, parent)
-                leaves.sort(key=lambda one: one.used)
+                insort(leaves, parent, key=order)
         return pool.free >= target
+
+    def _frees(self, entry: _Entry, pool: PagePool) -> int:
+        """Pages of this pool that nobody but the cache holds."""
+        return sum(self._memory.pool(plane) is pool and pool.holders(page) == 1 for plane, page in entry.planes.items())
 
     def clear(self) -> None:
         """Forget everything."""
