@@ -8,10 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from loopwise.models.config import LoopedLMConfig
+from loopwise.models.looped_lm import LoopedLM, initialise
+from loopwise.nn.kernels import (
+    FewRowsLinear,
+    fast_twin,
+    gathered_attention,
+    linear,
+    load_cpu_kernels,
+    paged_attention,
+    why_no_cpu_kernels,
+)
 from loopwise.nn.kernels import cpu as cpu_module
-from loopwise.nn.kernels import gathered_attention, load_cpu_kernels, paged_attention, why_no_cpu_kernels
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 needs_kernels = pytest.mark.skipif(load_cpu_kernels() is None, reason=f"no CPU kernels: {why_no_cpu_kernels()}")
@@ -156,6 +167,65 @@ def test_gradients_and_other_dtypes_take_the_way_of_torch() -> None:
     half = paged_attention(q.bfloat16(), keys.bfloat16(), values.bfloat16(), *rest)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), naive_attention(q, keys, values, *rest, None), rtol=0, atol=0.1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (1, 1), (3, 7), (33, 100), (130, 1500), (17, 3000)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 11, 16, 17, 40])
+def test_linear_is_the_product(rows, outputs, inputs, dtype) -> None:
+    draw = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, inputs, dtype=dtype, generator=draw)
+    weight = torch.randn(outputs, inputs, dtype=dtype, generator=draw)
+    want = x.double() @ weight.double().T
+    error = (linear(x, weight, few=64).double() - want).abs().max()
+    assert error <= inputs**0.5 * 32 * torch.finfo(dtype).eps
+
+
+def test_linear_takes_the_way_of_torch_where_it_must() -> None:
+    x, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+    torch.testing.assert_close(linear(x, weight.T.contiguous().T), F.linear(x, weight))
+    torch.testing.assert_close(linear(x.bfloat16(), weight.bfloat16()), F.linear(x.bfloat16(), weight.bfloat16()))
+    torch.testing.assert_close(linear(x[:, :0], weight), x.new_zeros(2, 0, 5))
+    with torch.enable_grad():
+        weight.requires_grad_()
+        assert linear(x, weight).requires_grad
+    with pytest.raises((ValueError, RuntimeError, TypeError)):
+        linear(x[..., :7], weight)
+
+
+@pytest.mark.parametrize("few", [None, 0, 16])
+def test_a_twin_is_the_same_model_and_leaves_the_first_alone(few) -> None:
+    model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8, bias=False)).double()
+    twin = fast_twin(model, few)
+    assert [type(m) for m in model.modules()] == [nn.Sequential, nn.Linear, nn.Tanh, nn.Linear]
+    assert [type(m) for m in twin.modules()] == [nn.Sequential, FewRowsLinear, nn.Tanh, FewRowsLinear]
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    for x in (torch.randn(24, dtype=torch.float64), torch.randn(3, 50, 24, dtype=torch.float64)):
+        torch.testing.assert_close(twin(x), model(x), rtol=0, atol=1e-12)
+    model.load_state_dict({name: torch.ones_like(value) for name, value in model.state_dict().items()})
+    torch.testing.assert_close(twin(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_a_looped_model_has_a_twin() -> None:
+    config = LoopedLMConfig(
+        vocab_size=50,
+        width=32,
+        heads=4,
+        kv_heads=2,
+        head_width=8,
+        mlp_width=48,
+        core_layers=2,
+        loops=3,
+        trained_loops=(1, 3),
+        max_positions=64,
+        gate=True,
+    )
+    model = LoopedLM(config).double()
+    initialise(model, seed=0)
+    tokens = torch.arange(10)[None]
+    torch.testing.assert_close(fast_twin(model)(tokens).logits, model(tokens).logits, rtol=0, atol=1e-12)
 
 
 def run_python(code: str, **variables: str) -> str:

@@ -278,6 +278,7 @@ template <typename T> bool attend(const Attention<T>& a, int threads) {
     if (int64_t(scratch.size()) < size) scratch.resize(size);
     T* states = scratch.data();
 
+    threads = std::min<int64_t>(threads, std::max<size_t>(1, tasks.size()));
     bool sound = true;
 #pragma omp parallel num_threads(threads)
     {
@@ -296,28 +297,41 @@ template <typename T> bool attend(const Attention<T>& a, int threads) {
 
 // ------------------------------------------------------------------------------------------------------------- linear
 
-// y[n][o] = sum of x[n][i] * w[o][i] for N rows and outputs begin .. end: W sums at once, as R outputs by N rows.
+constexpr int64_t STEP = 32;         // outputs that a thread takes at a time
+constexpr int64_t NEAR = 32 * 1024;  // bytes of x that stay in the first cache while weights stream past
+constexpr int64_t AHEAD = 2048;      // bytes between the weights that are asked for and those that are used
+
+// y[n][o] = or += the sum over i in from .. to of x[n][i] * w[o][i], for N rows and outputs begin .. end: W sums at once,
+// as R outputs by N rows.
 template <typename T, int N>
-void linear_rows(const T* x, const T* w, T* y, int64_t in, int64_t out, int64_t begin, int64_t end) {
+void linear_rows(const T* x, const T* w, T* y, int64_t in, int64_t out, int64_t begin, int64_t end, int64_t from,
+                 int64_t to) {
     constexpr int W = LANES<T>, R = W / N;
-    const int64_t whole = in - in % W;
+    // The processor fetches ahead within a page at best, and a wide tile fills its window with sums, not with loads.
+    constexpr int64_t far = AHEAD / sizeof(T);
+    const int64_t ahead = in > far ? far : R * in;
+    const int64_t whole = to - (to - from) % W;
     for (int64_t o = begin; o < end; o += R) {
         const T* row[R];
         for (int r = 0; r < R; ++r) row[r] = w + std::min(o + r, end - 1) * in;
         Vector<T> a[W] = {};
-        for (int64_t i = 0; i < whole; i += W)
+        for (int64_t i = from; i < whole; i += W)
             for (int r = 0; r < R; ++r) {
+                __builtin_prefetch(row[r] + i + ahead, 0, 2);
                 const Vector<T> weight = load(row[r] + i);
-                for (int n = 0; n < N; ++n) a[r * N + n] += weight * load(x + n * in + i);
+                for (int n = 0; n < N; ++n) a[r * N + n] += weight * load(x + i * N + n * W);
             }
-        if (whole < in)
+        if (whole < to)
             for (int r = 0; r < R; ++r) {
-                const Vector<T> weight = load_some(row[r] + whole, in - whole);
-                for (int n = 0; n < N; ++n) a[r * N + n] += weight * load_some(x + n * in + whole, in - whole);
+                const Vector<T> weight = load_some(row[r] + whole, to - whole);
+                for (int n = 0; n < N; ++n) a[r * N + n] += weight * load(x + whole * N + n * W);
             }
         const Vector<T> sums = lane_sums<T>(a);
         for (int r = 0; r < std::min<int64_t>(R, end - o); ++r)
-            for (int n = 0; n < N; ++n) y[n * out + o + r] = sums[r * N + n];
+            for (int n = 0; n < N; ++n) {
+                T& sum = y[n * out + o + r];
+                sum = (from ? sum : 0) + sums[r * N + n];
+            }
     }
 }
 
@@ -326,16 +340,33 @@ template <typename T, int... n> auto* linear_for(int64_t rows, std::integer_sequ
     return table[rows - 1];
 }
 
+// Rows n of x laid out as [i / W][n][W], with zeros at the end: rows of a power of two would all fall upon the same lines
+// of the first cache.
+template <typename T> void interleave(const T* x, int64_t rows, int64_t in, T* to) {
+    constexpr int W = LANES<T>;
+    for (int64_t i = 0; i < in; i += W)
+        for (int64_t n = 0; n < rows; ++n)
+            store(to + i * rows + n * W, load_some(x + n * in + i, std::min<int64_t>(W, in - i)));
+}
+
 template <typename T>
 void linear(const T* x, const T* w, T* y, int64_t N, int64_t in, int64_t out, int threads) {
     constexpr int W = LANES<T>;
-    constexpr int64_t STEP = 2 * W;  // outputs whose weights stay in the second cache if more than W rows need them
-    const int64_t steps = (out + STEP - 1) / STEP;
+    const int64_t steps = (out + STEP - 1) / STEP, width = (in + W - 1) / W * W;
+    thread_local std::vector<T> room;
+    if (int64_t(room.size()) < N * width) room.resize(N * width);
+    T* laid = room.data();
+    for (int64_t n = 0; n < N; n += W) interleave(x + n * in, std::min<int64_t>(W, N - n), in, laid + n * width);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t step = 0; step < steps; ++step)
-        for (int64_t n = 0; n < N; n += W)
-            linear_for<T>(std::min<int64_t>(W, N - n), std::make_integer_sequence<int, W>())(
-                x + n * in, w, y + n * out, in, out, step * STEP, std::min(out, (step + 1) * STEP));
+        for (int64_t n = 0; n < N; n += W) {
+            const int64_t rows = std::min<int64_t>(W, N - n);
+            const int64_t strip = std::max<int64_t>(NEAR / int64_t(sizeof(T)) / rows / W * W, W);
+            const auto kernel = linear_for<T>(rows, std::make_integer_sequence<int, W>());
+            for (int64_t from = 0; from < in; from += strip)
+                kernel(laid + n * width, w, y + n * out, in, out, step * STEP, std::min(out, (step + 1) * STEP), from,
+                       std::min(in, from + strip));
+        }
 }
 
 }  // namespace
