@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from loopwise.engine.speculation import CostCurve, measure_costs
 from loopwise.loops.planes import parse_policy
 from loopwise.memory.paged import BOUNDARY, Layout, PagedMemory
 from loopwise.models.looped_lm import LMContext, LoopedLM
+from loopwise.nn.kernels import fast_twin, linear
 from loopwise.nn.rotary import Rotary
 
 PAGE = 16
@@ -52,7 +52,8 @@ class Runner:
     """One model on one device, with the states of everything in flight."""
 
     def __init__(self, model: LoopedLM, memory: PagedMemory) -> None:
-        self.model = model
+        # The same weights; on a CPU, products of few rows read each matrix once, at the speed of memory.
+        self.model = fast_twin(model)
         self.memory = memory
         self.device = model.embed.weight.device
         self.seats = Seats(
@@ -135,7 +136,7 @@ class Runner:
         self, rows: Sequence[tuple[Request, Row]], states: Float[Tensor, "rows width"]
     ) -> Float[Tensor, "rows vocab"]:
         """Coda and head of these rows from these states."""
-        return F.linear(self._hidden(rows, [], states), self.model.head_weight)
+        return linear(self._hidden(rows, [], states), self.model.head_weight)
 
     def read_chunks(self, chunks: Sequence[tuple[Request, Chunk]]) -> None:
         """The coda of whole chunks, for the keys and values it keeps."""
@@ -152,7 +153,7 @@ class Runner:
         """The head at the last position of prompts that have been read; `read_chunks` has run."""
         last = torch.stack([chunk.state[-1] for chunk in chunks if chunk.state is not None])
         hidden = last if len(self.model.coda) else self._hidden([], [], last)
-        return F.linear(hidden, self.model.head_weight)
+        return linear(hidden, self.model.head_weight)
 
     def _hidden(
         self,
@@ -274,6 +275,6 @@ def measure_ticks(model: LoopedLM, most: int) -> CostCurve:
         where = torch.zeros(count, dtype=torch.long, device=weight.device)
         context = LMContext(injected=states[:count], rotary=model.rotary(where), positions=where, memory=memory)
         out = model.step(states[:count], context, 1)
-        F.linear(out, model.head_weight).argmax(-1).tolist()
+        linear(out, model.head_weight).argmax(-1).tolist()
 
     return measure_costs(run, rows=counts)
