@@ -104,6 +104,9 @@ def check_cell(name: str, rule: str | None, policy: str, *, sampled: bool, ways:
                 drive_out(engine)
             check_same([ticket.wait() for ticket in tickets], wanted)
         engine.check_idle()
+        if way == "prefixes":
+            assert engine._core.prefix is not None
+            assert engine._core.prefix.hits > 0
 
 
 def drive_out(engine: Engine) -> None:
