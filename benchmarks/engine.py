@@ -74,7 +74,7 @@ def depth() -> dict[str, Any]:
     load = Load(requests=256, seats=64, prompt=16, tokens=32)
     ouro, huginn = make(**OURO), make(**HUGINN)
     return {
-        "ouro": steady(lambda: depth_batching(ouro, load, rule="hazard:0.9")),
+        "ouro": steady(lambda: depth_batching(ouro, load, rule="hazard:0.7")),
         "huginn": steady(lambda: depth_batching(huginn, Load(requests=128, tokens=24), rule="delta:0.3")),
     }
 
@@ -139,7 +139,7 @@ def beside_llama() -> dict[str, Any]:
     for _ in range(2):
         found["theirs"].append(theirs())
         found["ours"].append(ours(None))
-        found["ours with exits"].append(ours("hazard:0.9"))
+        found["ours with exits"].append(ours("hazard:0.7"))
     return {
         "tokens_per_second": found,
         "times_transformers": ratios(found["ours"], found["theirs"]),

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from loopwise.engine.answer import Completion
-from loopwise.engine.engine import Engine, parse_bytes
+from loopwise.engine.engine import Engine
 from loopwise.engine.reference import generate
 from loopwise.engine.request import Replay
 from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.speculation import Speculation
 from loopwise.errors import ConfigError, InputError, LoopRangeWarning
+from loopwise.memory.pages import parse_bytes
 from loopwise.models.looped_lm import LoopedLM
 
 HERE = Path(__file__).parent

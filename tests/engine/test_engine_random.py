@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopwise.engine.answer import Completion
-from loopwise.engine.engine import Engine, Ticket
+from loopwise.engine.engine import Engine
 from loopwise.engine.reference import generate
 from loopwise.engine.request import Stage
 from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.speculation import Speculation
+from loopwise.engine.ticket import Ticket
 from loopwise.models.looped_lm import LoopedLM
 
 TESTS = Path(__file__).parents[1]

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from loopwise.engine.answer import Completion
-from loopwise.engine.engine import Engine, Ticket
+from loopwise.engine.engine import Engine
 from loopwise.engine.reference import generate
 from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.speculation import Speculation
+from loopwise.engine.ticket import Ticket
 from loopwise.models.looped_lm import LoopedLM
 
 tiny: Callable[..., LoopedLM] = runpy.run_path(str(Path(__file__).parents[1] / "models" / "naive_lm.py"))["tiny"]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from loopwise.engine.engine import Engine
 from loopwise.engine.request import Replay
@@ -162,7 +163,8 @@ def depth_batching(model: LoopedLM, load: Load, *, rule: str | None = None) -> d
         "seats": load.seats,
         "fixed_tokens_per_second": median([run.tokens / run.seconds for run in fixed]),
         "plain_product_gflops": rate / 1e9,
-        "share_of_plain_products": median([work / run.seconds / rate for run in fixed]),
+        "share_of_plain_products": product_share(sides["fixed"], work, rate),
+        "whole_time_share_of_plain_products": median([work / run.seconds / rate for run in fixed]),
         "overhead_without_exits": median(
             [a.seconds / b.seconds - 1 for a, b in zip(runs["asked, never left"], fixed, strict=True)]
         ),
@@ -213,6 +215,31 @@ def plain_rate(model: LoopedLM, rows: int, *, seconds: float = 0.3) -> float:
             F.linear(inputs[weight.shape[1]], weight)
         times.append(time.perf_counter() - began)
     return work / statistics.median(times)
+
+
+class _Products(TorchFunctionMode):
+    """Adds up the seconds that matrix products take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        began = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
+        if func is F.linear:
+            self.seconds += time.perf_counter() - began
+        return out
+
+
+def product_share(serving: Callable[[], Served], work: float, rate: float) -> float:
+    """At what part of the plain rate matrix products run while the engine serves: their own time alone is counted."""
+    products = _Products()
+    with products:
+        serving()
+    return work / products.seconds / rate
 
 
 def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class Completion:
     """Log-probability of each token in nats, at the loop it left, before temperature and filters."""
     tops: tuple[tuple[tuple[int, float], ...], ...] = ()
     """The likeliest tokens beside each one and their log-probabilities, where they were asked for."""
+    signals: tuple[tuple[float, ...], ...] = ()
+    """The model's signal (a hazard) after each loop of the row that emitted each token, where it was asked for."""
     finish_reason: str
     """"stop" (end of text or a stop string), "length" (max_tokens), "context" (no room left) or "abort" (nobody asked
     for more tokens)."""
@@ -60,6 +62,12 @@ class Emission:
     """What this token adds to the answer's text (nothing in the middle of a character); None without a tokenizer."""
     tops: tuple[tuple[int, float], ...] = ()
     """The likeliest tokens of its readout and their log-probabilities, where they were asked for."""
+    signals: tuple[float, ...] = ()
+    """The model's signal (a hazard) after each loop of its row, where it was asked for."""
+    index: int = 0
+    """Its place in the answer, from 0."""
+    provisional: bool = False
+    """Whether it is a draft, which another token may still replace at this place."""
 
 
 class Answer:
@@ -89,6 +97,7 @@ class Answer:
         self.kv_bytes = 0
         """Bytes of keys and values held at the end."""
         self._sampling = sampling
+        self._tokenizer = tokenizer
         self.room = room
         self.ends = frozenset(ends)
         self.sample = sample
@@ -120,6 +129,12 @@ class Answer:
         self._texts += texts
         return _with_texts(self.made[first:], texts)
 
+    def guess(self, token: int, *, loops: int, logprob: float, position: int) -> Emission:
+        """A draft of the token at a position, as it is told to those who asked for drafts."""
+        text = None if self._tokenizer is None else self._tokenizer.pieces([token])[0]
+        index = position - len(self.prompt)
+        return Emission(token=token, loops=loops, logprob=logprob, text=text, index=index, provisional=True)
+
     @property
     def held(self) -> list[Emission]:
         """Tokens not given out, because a stop text might have begun in them; empty once all has ended."""
@@ -135,6 +150,7 @@ class Answer:
             loops=tuple(one.loops for one in made),
             logprobs=tuple(one.logprob for one in made),
             tops=tuple(one.tops for one in made),
+            signals=tuple(one.signals for one in made),
             finish_reason=self.reason,
             kv_bytes=self.kv_bytes,
             sample=self.sample,

@@ -12,13 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopwise.engine.answer import Emission
-from loopwise.engine.judge import Bench, planned_exit
+from loopwise.engine.judge import Judge
 from loopwise.engine.request import Choice, Chunk, Request, Row, Stage
 from loopwise.engine.runner import Runner
 from loopwise.engine.sampling import Draw, choose_batch
 from loopwise.engine.scheduler import Plan, Scheduler
 from loopwise.engine.speculation import Speculator
-from loopwise.loops.exits import ExitRule
 from loopwise.memory.paged import BOUNDARY
 from loopwise.memory.prefix import PrefixCache
 
@@ -68,7 +67,7 @@ class Core:
         self._identity = identity
         self._emit = emit
         self._done = done
-        self._benches: dict[ExitRule, Bench] = {}
+        self.judge = Judge(runner)
         self._window = 0
         self._has_coda = bool(len(runner.model.coda))
 
@@ -85,7 +84,7 @@ class Core:
         )
         before, after = self.runner.loop(plan.rows, plan.chunks)
         self._count(plan)
-        self._judge(plan.rows, before, after)
+        self._stop(self.judge.stopping(plan.rows, before, after), after)
         self._read(plan.rows, after)
         self._end_fills(plan.rows)
         self._end_chunks(plan.chunks)
@@ -95,72 +94,14 @@ class Core:
         self._window = 0 if self.speculator is None else self.speculator.window(rows)
         return self._window
 
-    # Who stops
-
-    def _judge(
-        self,
-        rows: Sequence[tuple[Request, Row]],
-        before: Float[Tensor, "rows width"],
-        after: Float[Tensor, "rows width"],
-    ) -> None:
-        """Set `left` of every row that stops after this loop."""
-        open_rows: dict[ExitRule, list[tuple[Request, Row]]] = {}
-        stopped: list[tuple[Request, Row]] = []
+    def _stop(self, rows: Sequence[tuple[Request, Row]], after: Float[Tensor, "rows width"]) -> None:
+        """These rows answer from the loop that they have just run."""
         for request, row in rows:
-            if row.left:
-                continue
-            planned = planned_exit(request, row)
-            if row.loop >= (request.max_loops if planned is None else planned):
-                stopped.append((request, row))
-            elif planned is None:
-                open_rows.setdefault(request.rule, []).append((request, row))
-        # Before the others are judged: a bench is fastest when all its rows have run.
-        self._forget(stopped)
-        signal = None
-        for rule, members in open_rows.items():
-            if "signal" in rule.needs and signal is None:
-                signal = self.runner.model.signal(after, None)
-            logits = None
-            if "logits" in rule.needs:
-                logits = self.runner.read(members, after[[row.launched for _, row in members]])
-            allowances = [request.allowance(row) for request, row in members] if "allowance" in rule.needs else []
-            stops = self._bench(rule).judge(
-                [row for _, row in members],
-                state=after,
-                previous=before,
-                signal=signal,
-                logits=logits,
-                allowances=[one for one in allowances if one is not None] or None,
-            )
-            leaving = [
-                (request, row)
-                for (request, row), stop in zip(members, stops, strict=True)
-                if stop and row.loop >= request.sampling.min_loops
-            ]
-            self._forget(leaving)
-            stopped += leaving
-        for request, row in stopped:
             row.left = row.loop
             if self._policy.fills and row.loop < request.max_loops and row.position > len(request.left):
                 row.left_state = after[row.launched].clone()
             if not self._policy.fills and request.pages is not None:
                 self._memory.settle(request.pages, row.position, row.left, generated=True)
-
-    def _bench(self, rule: ExitRule) -> Bench:
-        if rule not in self._benches:
-            self._benches[rule] = Bench(rule, self.runner.device)
-        return self._benches[rule]
-
-    def _forget(self, rows: Sequence[tuple[Request, Row]]) -> None:
-        """Rows that stopped or were dropped need no exit rule any more."""
-        by_rule: dict[ExitRule, list[Row]] = {}
-        for request, row in rows:
-            if row.watched:
-                by_rule.setdefault(request.rule, []).append(row)
-        for rule, watched in by_rule.items():
-            self._benches[rule].forget(watched)
-            if not len(self._benches[rule]):
-                del self._benches[rule]
 
     # What rows say
 
@@ -231,6 +172,11 @@ class Core:
             self.drop(request, place)
         if choice.token not in request.answer.ends:
             request.flight.append(Row(row.position + 1, choice.token))
+            if request.provisional:
+                guess = request.answer.guess(
+                    choice.token, loops=row.loop, logprob=choice.logprob, position=row.position + 1
+                )
+                self._emit(request, [guess])
             if self.speculator is not None:
                 self.speculator.started += 1
 
@@ -244,7 +190,7 @@ class Core:
                 loops=row.left, settled=row.left - after.loop if after is not None and kept else row.left
             )
         request.left.append(row.left)
-        if not self._say(request, choice, row.left):
+        if not self._say(request, choice, row.left, row.signals):
             return
         if not kept:
             self.drop(request, place)
@@ -276,12 +222,19 @@ class Core:
                 for (request, row), choice in zip(others, self._choose(others, states), strict=True):
                     self._confirm(request, row, choice)
 
-    def _say(self, request: Request, choice: Choice, loops: int) -> bool:
+    def _say(self, request: Request, choice: Choice, loops: int, signals: Sequence[float]) -> bool:
         """Emit a certain token; whether the request goes on."""
         self.counts.tokens += 1
         self.counts.loops[loops] += 1
         request.tokens.append(choice.token)
-        emission = Emission(token=choice.token, loops=loops, logprob=choice.logprob, tops=choice.tops)
+        emission = Emission(
+            token=choice.token,
+            loops=loops,
+            logprob=choice.logprob,
+            tops=choice.tops,
+            signals=tuple(signals),
+            index=len(request.answer.made),
+        )
         self._emit(request, request.answer.take(emission))
         if request.answer.over:
             self.end(request)
@@ -301,6 +254,10 @@ class Core:
                 self._leave_flight(request, row)
 
     def _end_chunks(self, chunks: Sequence[tuple[Request, Chunk]]) -> None:
+        for request, chunk in chunks:
+            if request.signals and chunk.state is not None and chunk.last == len(request.prompt) - 1:
+                signal = self.runner.model.signal(chunk.state[-1:], None)
+                chunk.signals += [] if signal is None else signal.tolist()
         ended = [(request, chunk) for request, chunk in chunks if chunk.loop == request.max_loops]
         if not ended:
             return
@@ -315,11 +272,11 @@ class Core:
             return
         logits = self.runner.prompt_logits([chunk for _, chunk in whole])
         choices = self._draw([(request, len(request.prompt) - 1) for request, _ in whole], logits)
-        for (request, _), choice in zip(whole, choices, strict=True):
+        for (request, chunk), choice in zip(whole, choices, strict=True):
             self._publish(request, len(request.prompt))
             if self._policy.collapses and request.pages is not None:
                 self._memory.collapse(request.pages, len(request.prompt), request.max_loops)
-            if self._say(request, choice, request.max_loops):
+            if self._say(request, choice, request.max_loops, chunk.signals):
                 request.flight.append(Row(len(request.prompt), choice.token))
 
     def _publish(self, request: Request, length: int) -> None:
@@ -333,7 +290,7 @@ class Core:
         if not rows:
             return
         del request.flight[place:]
-        self._forget([(request, row) for row in rows])
+        self.judge.forget([(request, row) for row in rows])
         for row in rows:
             if row.seat >= 0:
                 self.runner.seats.give(row.seat)
@@ -375,7 +332,7 @@ class Core:
         faults = {
             "requests": len(self.scheduler.running) + len(self.scheduler.waiting),
             "rows": self.runner.seats.taken,
-            "watched rows": sum(map(len, self._benches.values())),
+            "watched rows": self.judge.watched,
             "core pages": memory.core.pages - memory.core.free - core,
         }
         if memory.boundary is not None:

@@ -12,10 +12,8 @@ rounding, whatever else runs. `core.py` has the tick.
 """
 
 import queue
-import re
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 from loopwise.engine.answer import Answer, Completion, Emission
@@ -26,75 +24,15 @@ from loopwise.engine.runner import Runner, layout_of, measure_ticks
 from loopwise.engine.sampling import Sampling, check_vocabulary
 from loopwise.engine.scheduler import Scheduler
 from loopwise.engine.speculation import Speculation, Speculator, parse_speculation, saved_speculation
+from loopwise.engine.ticket import Ticket
 from loopwise.errors import ConfigError, InputError
 from loopwise.loops.drivers import check_loops
 from loopwise.loops.exits import ExitRule
 from loopwise.loops.planes import PlanePolicy, parse_policy
 from loopwise.memory.paged import PagedMemory
+from loopwise.memory.pages import parse_bytes
 from loopwise.memory.prefix import PrefixCache
 from loopwise.models.looped_lm import LoopedLM
-
-
-class Ticket:
-    """One request, seen from outside. Iterate over it for its tokens as they become certain."""
-
-    def __init__(self, engine: "Engine", request: Request) -> None:
-        self._engine = engine
-        self._request = request
-        self._queue: queue.SimpleQueue[Emission | None] = queue.SimpleQueue()
-        self._began = time.perf_counter()
-        self._first: float | None = None
-        self._last: float | None = None
-        self._over = threading.Event()
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        return self._request.prompt
-
-    @property
-    def over(self) -> bool:
-        """Whether the answer has ended."""
-        return self._over.is_set()
-
-    def __iter__(self) -> Iterator[Emission]:
-        """Tokens from the first that was not taken yet. Without a thread of the engine's own, this drives it."""
-        while True:
-            while self._queue.empty() and not self.over and not self._engine.driven:
-                self._engine.tick()
-            emission = self._queue.get()
-            if emission is None:
-                self._queue.put(None)  # whoever iterates again sees the end too
-                self._engine.raise_failure()
-                return
-            yield emission
-
-    def wait(self) -> Completion:
-        """The whole answer, once it has ended."""
-        while not self.over and not self._engine.driven:
-            self._engine.tick()
-        self._over.wait()
-        self._engine.raise_failure()
-        return self.completion
-
-    @property
-    def completion(self) -> Completion:
-        """What there is so far."""
-        last = time.perf_counter() if self._last is None else self._last
-        first = last if self._first is None else self._first
-        return self._request.answer.completion(seconds=last - self._began, prompt_seconds=first - self._began)
-
-    def deliver(self, emissions: Sequence[Emission]) -> None:
-        """Called by the engine with tokens that are certain."""
-        if self._first is None:
-            self._first = time.perf_counter()
-        for emission in emissions:
-            self._queue.put(emission)
-
-    def close(self) -> None:
-        """Called by the engine when the request is over."""
-        self._last = time.perf_counter()
-        self._over.set()
-        self._queue.put(None)
 
 
 class Engine:
@@ -192,18 +130,24 @@ class Engine:
         *,
         sample: int = 0,
         replay: Replay | None = None,
+        signals: bool = False,
+        provisional: bool = False,
     ) -> Ticket:
         """Ask for one answer; from any thread.
 
         Args:
             sample: which of several answers to the same prompt this is; each draws its own noise.
             replay: a recorded answer to follow.
+            signals: note the model's signal (a hazard) after each loop of each row that emits a token.
+            provisional: tell drafts too, marked as such, as soon as the next position starts from them.
 
         Raises:
             ConfigError: settings that this model or engine cannot serve.
             InputError: an empty or too long prompt, ids outside the vocabulary, or an answer that memory cannot hold.
         """
-        return self._open(self._request(prompt, sampling or Sampling(), sample, replay))
+        request = self._request(prompt, sampling or Sampling(), sample, replay)
+        request.signals, request.provisional = self._has_signal(signals), provisional
+        return self._open(request)
 
     def abort(self, ticket: Ticket) -> None:
         """End a request now; its completion keeps what there is, and says "abort"."""
@@ -239,6 +183,11 @@ class Engine:
             replay=replay,
             drafts=self._may_draft(checked.rule),
         )
+
+    def _has_signal(self, wanted: bool) -> bool:
+        if wanted and self.model.facts.signal is None:
+            raise ConfigError("signals=True: this model has no gate, so there is no signal to note; leave it out")
+        return wanted
 
     def _may_draft(self, rule: ExitRule) -> bool:
         """Budgets need answers one after the other, and rules that read a coda need its final entries."""
@@ -354,6 +303,7 @@ class Engine:
         sampling: Sampling | Sequence[Sampling] | None = None,
         *,
         replays: Sequence[Replay | None] | None = None,
+        signals: bool = False,
         progress: bool = False,
     ) -> list[Completion]:
         """Answer many prompts together; `n` answers to each stand side by side.
@@ -361,6 +311,7 @@ class Engine:
         Args:
             sampling: one for all, or one for each prompt.
             replays: recorded answers to follow, one for each prompt.
+            signals: note the model's signal (a hazard) after each loop of each row that emits a token.
             progress: show a bar.
 
         Raises:
@@ -378,6 +329,8 @@ class Engine:
             for prompt, one, replay in zip(prompts, settings, followed, strict=True)
             for sample in range(one.n)
         ]
+        for request in requests:
+            request.signals = self._has_signal(signals)
         tickets = [self._open(request) for request in requests]
         if not progress:
             return [ticket.wait() for ticket in tickets]
@@ -394,23 +347,3 @@ class Engine:
             RuntimeError: something is still held.
         """
         self._core.check_idle()
-
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(text: int | str) -> int:
-    """A number of bytes, from a number or a text such as "4GiB", "512MiB" or "1.5GB".
-
-    Raises:
-        ConfigError: anything else, or less than one byte.
-    """
-    if isinstance(text, int):
-        count = text
-    else:
-        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", text.strip())
-        unit = None if found is None else _UNITS.get(found[2].upper())
-        count = 0 if found is None or unit is None else int(float(found[1]) * unit)
-    if count < 1:
-        raise ConfigError(f'memory={text!r}: allowed is a number of bytes, or a text such as "4GiB" or "512MiB"')
-    return count

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from loopwise.engine.request import Request, Row
+from loopwise.engine.runner import Runner
 from loopwise.loops.exits import ExitRule, Fixed, Observation, Tracker
 
 
@@ -119,3 +120,92 @@ class Bench:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+class Judge:
+    """All benches: one for each rule that somebody runs under."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._benches: dict[ExitRule, Bench] = {}
+
+    def stopping(
+        self,
+        rows: Sequence[tuple[Request, Row]],
+        before: Float[Tensor, "rows width"],
+        after: Float[Tensor, "rows width"],
+    ) -> list[tuple[Request, Row]]:
+        """The rows of a launch that stop after it; signals are noted where they were asked for.
+
+        Args:
+            before, after: states around the loop that they have just run.
+        """
+        open_rows: dict[ExitRule, list[tuple[Request, Row]]] = {}
+        stopped: list[tuple[Request, Row]] = []
+        for request, row in rows:
+            if row.left:
+                continue
+            planned = planned_exit(request, row)
+            if row.loop >= (request.max_loops if planned is None else planned):
+                stopped.append((request, row))
+            elif planned is None:
+                open_rows.setdefault(request.rule, []).append((request, row))
+        noted = [row for request, row in rows if request.signals and not row.left]
+        signal = None
+        if noted or any("signal" in rule.needs for rule in open_rows):
+            signal = self._runner.model.signal(after, None)
+        if noted and signal is not None:
+            values = signal.tolist()
+            for row in noted:
+                row.signals.append(values[row.launched])
+        # Before the others are judged: a bench is fastest when all its rows have run.
+        self.forget(stopped)
+        for rule, members in open_rows.items():
+            leaving = self._ask(rule, members, before, after, signal)
+            self.forget(leaving)
+            stopped += leaving
+        return stopped
+
+    def _ask(
+        self,
+        rule: ExitRule,
+        members: Sequence[tuple[Request, Row]],
+        before: Float[Tensor, "rows width"],
+        after: Float[Tensor, "rows width"],
+        signal: Float[Tensor, " rows"] | None,
+    ) -> list[tuple[Request, Row]]:
+        """Which of the rows under one rule stop."""
+        logits = None
+        if "logits" in rule.needs:
+            logits = self._runner.read(members, after[[row.launched for _, row in members]])
+        allowances = [request.allowance(row) for request, row in members] if "allowance" in rule.needs else []
+        bench = self._benches.setdefault(rule, Bench(rule, self._runner.device))
+        stops = bench.judge(
+            [row for _, row in members],
+            state=after,
+            previous=before,
+            signal=signal,
+            logits=logits,
+            allowances=[one for one in allowances if one is not None] or None,
+        )
+        return [
+            (request, row)
+            for (request, row), stop in zip(members, stops, strict=True)
+            if stop and row.loop >= request.sampling.min_loops
+        ]
+
+    def forget(self, rows: Sequence[tuple[Request, Row]]) -> None:
+        """Rows that stopped or were dropped need no exit rule any more."""
+        by_rule: dict[ExitRule, list[Row]] = {}
+        for request, row in rows:
+            if row.watched:
+                by_rule.setdefault(request.rule, []).append(row)
+        for rule, watched in by_rule.items():
+            self._benches[rule].forget(watched)
+            if not len(self._benches[rule]):
+                del self._benches[rule]
+
+    @property
+    def watched(self) -> int:
+        """Rows that some bench keeps memory of."""
+        return sum(map(len, self._benches.values()))

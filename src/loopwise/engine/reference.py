@@ -136,6 +136,7 @@ class Generation:
             loops=loop,
             logprob=log_probability(logits, token),
             tops=likeliest(logits, sequence.sampling.logprobs),
+            index=len(made),
         )
         took = time.perf_counter() - began
         self._seconds += took

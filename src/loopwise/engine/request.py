@@ -65,6 +65,8 @@ class Row:
     """The readout at its exit, when that is known before the row is confirmed."""
     left_state: Float[Tensor, " width"] | None = None
     """The state it stopped at, kept while it runs on before that state was read for good."""
+    signals: list[float] = field(default_factory=list)
+    """The model's signal after each of its loops, where it was asked for."""
     watched: bool = False
     """Whether its exit rule already keeps memory of it."""
     launched: int = -1
@@ -81,6 +83,8 @@ class Chunk:
     state: Float[Tensor, "rows width"] | None = None
     """None until embeddings and prelude have run."""
     injected: Float[Tensor, "rows width"] | None = None
+    signals: list[float] = field(default_factory=list)
+    """The model's signal at the last position after each loop, where it was asked for."""
 
     @property
     def rows(self) -> int:
@@ -106,6 +110,10 @@ class Request:
     answer: Answer
     drafts: bool = False
     """Whether its positions may be started from drafts."""
+    provisional: bool = False
+    """Whether drafts are told too."""
+    signals: bool = False
+    """Whether the model's signal after each loop is told."""
     replay: Replay | None = None
     number: int = field(default_factory=lambda: next(_numbers))
     """Rises with every request: who came first."""

@@ -249,7 +249,7 @@ def layout_of(model: LoopedLM) -> Layout:
 @torch.inference_mode()
 def measure_ticks(model: LoopedLM, most: int) -> CostCurve:
     """Seconds of one loop and one readout of n rows, by n; contexts are short, so attention hardly counts."""
-    counts = [count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if count <= 2 * most]
+    counts = [count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if count <= 2 * most + 8]
     config, weight = model.config, model.embed.weight
     layout = layout_of(model)
     seats = counts[-1]

@@ -4,11 +4,14 @@ A page holds `page` neighbouring positions of one plane, for every layer of its 
 page; slot = page * page_size + offset. Axes: S slots, G key-value heads, K head width.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from loopwise.errors import ConfigError
 
 
 class PagePool:
@@ -92,3 +95,23 @@ class PagePool:
 def page_bytes(layers: int, page: int, kv_heads: int, head_width: int, dtype: torch.dtype) -> int:
     """Bytes of one page's keys and values."""
     return 2 * layers * page * kv_heads * head_width * dtype.itemsize
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: int | str) -> int:
+    """A number of bytes, from a number or a text such as "4GiB", "512MiB" or "1.5GB".
+
+    Raises:
+        ConfigError: anything else, or less than one byte.
+    """
+    if isinstance(text, int):
+        count = text
+    else:
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", text.strip())
+        unit = None if found is None else _UNITS.get(found[2].upper())
+        count = 0 if found is None or unit is None else int(float(found[1]) * unit)
+    if count < 1:
+        raise ConfigError(f'memory={text!r}: allowed is a number of bytes, or a text such as "4GiB" or "512MiB"')
+    return count
