@@ -186,12 +186,12 @@ def main() -> None:
     keep_freed_memory()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     mine = results.setdefault(f"{torch.get_num_threads()} threads", {})
+    results["machine"] = environment()
+    RESULTS.parent.mkdir(exist_ok=True)
     for name in [word for word in words if word in PARTS] or list(PARTS):
         mine[name] = PARTS[name]()
         print(f"{name}: {json.dumps(mine[name], indent=2)}")
-    results["machine"] = environment()
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
