@@ -1,7 +1,6 @@
 """`loopwise bench`: how fast the engine runs a checkpoint on this machine, beside what the machine could do."""
 
 import json
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,7 +38,6 @@ def command(
         raise ConfigError(f"there is no benchmark {what!r}; allowed: engine, drafts")
     if keep and what != "drafts":
         raise ConfigError("--keep writes down which drafts pay; type: loopwise bench drafts MODEL --keep")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from loopwise.bench.drafts import keep_drafts, tune_drafts
     from loopwise.bench.engine import BenchConfig, run, steady
