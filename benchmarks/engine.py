@@ -1,13 +1,14 @@
 """The engine on this machine: beside its own full depth, beside transformers, and beside what the machine can do.
 
     python benchmarks/engine.py                     all parts with 2 threads; leave the machine alone meanwhile
-    python benchmarks/engine.py depth llama         some parts: depth, llama, one, wavefront, crowd
+    python benchmarks/engine.py depth llama         some parts: depth, asking, llama, one, wavefront, crowd
     python benchmarks/engine.py --threads 1 depth   with one thread
     python benchmarks/engine.py wavefront models=runs/a,runs/b
 
 depth      256 requests on 64 seats, sampled, replayed depths with a mean of half the loops: speed-up over full depth
-           beside the bound that arithmetic sets; real exits beside it; what asking costs when nobody leaves. Ouro-like
-           and Huginn-like, width 512. Bars: 95% and 90% of the bound, overhead under 3%, 70% of plain products' rate.
+           beside the bound that arithmetic sets, and real exits. Ouro-like and Huginn-like, width 512. Bars: 95% and
+           90% of the bound; at full depth products at 70% of plain products' rate.
+asking     what it costs to ask an exit rule when nobody leaves. Bar: 3%.
 llama      64 requests of 16 to 256 tokens in and out against transformers' generate on a Llama of the same shapes with
            loops x layers layers, left-padded, same process. Bar: 3 times the throughput.
 one        one request, a core of more than 256 MB: share of the measured read bandwidth. Bar: 60%.
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 import loopwise
-from loopwise.bench.engine import Load, crowd, depth_batching, one_request, ratios, steady
+from loopwise.bench.engine import Load, asking, crowd, depth_batching, one_request, ratios, steady
 from loopwise.engine.engine import Engine
 from loopwise.engine.sampling import Sampling
 from loopwise.models.config import LoopedLMConfig
@@ -50,6 +51,8 @@ HUGINN: dict[str, Any] = {
     "loops": 8,
     "trained_loops": (1, 8),
 }
+
+SHAPES = {"ouro": OURO, "huginn": HUGINN}
 
 
 def make(**changes: Any) -> LoopedLM:
@@ -77,6 +80,11 @@ def depth() -> dict[str, Any]:
         "ouro": steady(lambda: depth_batching(ouro, load, rule="hazard:0.7")),
         "huginn": steady(lambda: depth_batching(huginn, Load(requests=128, tokens=24), rule="delta:0.3")),
     }
+
+
+def asked() -> dict[str, Any]:
+    load = Load(requests=64, prompt=16, tokens=24, rounds=9)
+    return {name: steady(lambda shape=shape: asking(make(**shape), load)) for name, shape in SHAPES.items()}
 
 
 def llama() -> dict[str, Any]:
@@ -172,6 +180,7 @@ def crowded() -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "depth": depth,
+    "asking": asked,
     "llama": llama,
     "one": one,
     "wavefront": wavefront,

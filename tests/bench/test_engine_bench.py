@@ -9,7 +9,17 @@ import pytest
 
 import loopwise
 from loopwise.bench.drafts import keep_drafts, tune_drafts
-from loopwise.bench.engine import BenchConfig, Load, crowd, depth_batching, load_flops, one_request, ratios, take_turns
+from loopwise.bench.engine import (
+    BenchConfig,
+    Load,
+    asking,
+    crowd,
+    depth_batching,
+    load_flops,
+    one_request,
+    ratios,
+    take_turns,
+)
 from loopwise.cli.bench import render
 from loopwise.engine.engine import Engine
 from loopwise.engine.speculation import saved_speculation
@@ -60,6 +70,7 @@ def test_scenarios_run_on_any_model_and_become_a_table(shape: str, rule: str, mo
     found = {
         "threads": 1,
         "depth": depth_batching(model, LOAD, rule=rule) | {"held_still": True},
+        "asking": asking(model, LOAD) | {"held_still": True},
         "one": one_request(model, Load(requests=1, seats=1, prompt=3, tokens=4, rounds=1)) | {"held_still": True},
         "crowd": crowd(model, LOAD) | {"held_still": False},
     }

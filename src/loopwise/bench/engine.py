@@ -21,6 +21,7 @@ from loopwise.errors import ConfigError
 from loopwise.loops.exits import parse_rule
 from loopwise.models.accounting import count_flops
 from loopwise.models.looped_lm import LoopedLM
+from loopwise.nn.kernels.linear import FEW_ROWS
 from loopwise.nn.noise import uniform
 from loopwise.train.machine import Probe, read_bandwidth
 
@@ -137,7 +138,7 @@ def load_flops(model: LoopedLM, load: Load, mean_loops: int | float, *, attentio
 
 
 def depth_batching(model: LoopedLM, load: Load, *, rule: str | None = None) -> dict[str, Any]:
-    """Replayed depths, and real exits where a rule is given, beside the same engine at full depth.
+    """Replayed depths, and real exits where a rule is given, beside the same engine told to run every loop.
 
     The bound is the work that full depth needs over the work that the depths need.
     """
@@ -146,11 +147,9 @@ def depth_batching(model: LoopedLM, load: Load, *, rule: str | None = None) -> d
     sampling = Sampling(max_tokens=load.tokens, temperature=load.temperature, ignore_eos=True)
     whole: Sequence[Replay] = [Replay(loops=(loops,) * load.tokens)] * load.requests
     replayed = [Replay(loops=depths) for depths in load.depths(loops)]
-    never = "hazard:1.0" if model.facts.signal == "hazard" else "delta:1e-9"
     sides: dict[str, Callable[[], Served]] = {
         "fixed": lambda: serve(engine, prompts, sampling, whole),
         "depths": lambda: serve(engine, prompts, sampling, replayed),
-        "asked, never left": lambda: serve(engine, prompts, _with_exit(sampling, never)),
     }
     if rule is not None:
         sides["real exits"] = lambda: serve(engine, prompts, _with_exit(sampling, rule))
@@ -163,11 +162,9 @@ def depth_batching(model: LoopedLM, load: Load, *, rule: str | None = None) -> d
         "seats": load.seats,
         "fixed_tokens_per_second": median([run.tokens / run.seconds for run in fixed]),
         "plain_product_gflops": rate / 1e9,
-        "share_of_plain_products": product_share(sides["fixed"], work, rate),
+        # Fewer rows go through a kernel of our own, which this does not see.
+        "share_of_plain_products": product_share(sides["fixed"], work, rate) if load.seats > FEW_ROWS else None,
         "whole_time_share_of_plain_products": median([work / run.seconds / rate for run in fixed]),
-        "overhead_without_exits": median(
-            [a.seconds / b.seconds - 1 for a, b in zip(runs["asked, never left"], fixed, strict=True)]
-        ),
     }
     for name in ("depths", "real exits"):
         if name not in runs:
@@ -188,6 +185,24 @@ def depth_batching(model: LoopedLM, load: Load, *, rule: str | None = None) -> d
             "share_of_bound_steady": steady["median"] / bound,
         }
     return out
+
+
+def asking(model: LoopedLM, load: Load) -> dict[str, Any]:
+    """What it costs to ask an exit rule after every loop when nobody ever leaves; one seat for every request."""
+    engine = Engine(model, "last_exited", speculate="off", prefix_cache=False, seats=load.requests)
+    prompts, loops = load.prompts(model), model.config.loops
+    sampling = Sampling(max_tokens=load.tokens, temperature=load.temperature, ignore_eos=True)
+    never = "hazard:1.0" if model.facts.signal == "hazard" else "delta:1e-9"
+    whole = [Replay(loops=(loops,) * load.tokens)] * load.requests
+    runs = take_turns(
+        {
+            "told": lambda: serve(engine, prompts, sampling, whole),
+            "asked": lambda: serve(engine, prompts, _with_exit(sampling, never)),
+        },
+        load.rounds,
+    )
+    pairs = zip(runs["asked"], runs["told"], strict=True)
+    return {"rule": never, "overhead": median([asked.seconds / told.seconds - 1 for asked, told in pairs])}
 
 
 def _with_exit(sampling: Sampling, rule: str) -> Sampling:
@@ -340,6 +355,7 @@ def run(model: LoopedLM, config: BenchConfig) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "depth": steady(lambda: depth_batching(model, config, rule=config.exit)),
+        "asking": steady(lambda: asking(model, replace(config, requests=config.seats))),
         "one": steady(lambda: one_request(model, alone)),
         "crowd": steady(lambda: crowd(model, config)),
     }

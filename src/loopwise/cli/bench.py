@@ -83,7 +83,7 @@ def render(model: str, found: dict[str, Any]) -> "Table":
     table = Table(title=f"the engine on {model}, {found['threads']} threads", title_justify="left")
     for name in ("measure", "figure", "beside"):
         table.add_column(name)
-    depth, one, many = found["depth"], found["one"], found["crowd"]
+    depth, asked, one, many = found["depth"], found["asking"]["overhead"], found["one"], found["crowd"]
     for side in ("depths", "real exits"):
         if side in depth:
             part = depth[side]
@@ -95,9 +95,10 @@ def render(model: str, found: dict[str, Any]) -> "Table":
     table.add_row(
         "full depth, all seats",
         f"{depth['fixed_tokens_per_second']['median']:.0f} tokens/s",
-        f"{depth['share_of_plain_products']['median']:.0%} of plain matrix products of {depth['seats']} rows",
+        f"{depth['whole_time_share_of_plain_products']['median']:.0%} of plain products of {depth['seats']} rows",
     )
-    table.add_row("asking an exit rule in vain", f"{depth['overhead_without_exits']['median']:+.1%} time", "full depth")
+    spread = f"{asked['least']:+.1%} to {asked['most']:+.1%}"
+    table.add_row("asking an exit rule in vain", f"{asked['median']:+.1%} time", f"every loop unasked; {spread}")
     table.add_row(
         "one request",
         f"{one['plain_tokens_per_second']['median']:.1f} tokens/s",
@@ -113,7 +114,7 @@ def render(model: str, found: dict[str, Any]) -> "Table":
     table.add_row(
         f"{many['requests_at_once']} requests with drafts", f"{many['auto_over_off']['median']:.2f}x", "without"
     )
-    moved = [name for name in ("depth", "one", "crowd") if not found[name]["held_still"]]
+    moved = [name for name in ("depth", "asking", "one", "crowd") if not found[name]["held_still"]]
     if moved:
         table.caption = f"the machine did not hold still during: {', '.join(moved)}"
     return table
