@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopwise.models.looped_lm import LoopedLM, attention_mask, count_positions
+from loopwise.models.looped_lm import LoopedLM, attention_mask, count_positions, document_starts
 
 naive = runpy.run_path(str(Path(__file__).with_name("naive_lm.py")))
 SHAPES, tiny = naive["SHAPES"], naive["tiny"]
@@ -95,3 +95,27 @@ def test_positions_and_mask_equal_counting(cells: list[tuple[int, bool]]) -> Non
 
 def test_plain_causal_attention_needs_no_mask() -> None:
     assert attention_mask(torch.zeros(1, 3, dtype=torch.long)) is None
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=12))
+def test_starts_of_documents_say_what_the_mask_says(numbers: list[int]) -> None:
+    documents = torch.tensor([numbers])
+    tokens = torch.zeros_like(documents)
+    mask = attention_mask(tokens, documents=documents)[0, 0]
+    assert document_starts(tokens, documents)[0].tolist() == [row.nonzero()[0].item() for row in mask]
+    assert document_starts(tokens).tolist() == [[0] * len(numbers)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_and_mask_agree_with_their_gradients(shape: str) -> None:
+    model = MODELS[shape]
+    tokens = torch.randint(23, (2, 9), generator=torch.Generator().manual_seed(1))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [7, 7, 3, 3, 3, 3, 7, 7, 7]])
+    found = []
+    # Where padding may be, a mask says who reads whom.
+    for padding in (None, torch.ones(2, 9, dtype=torch.bool)):
+        logits = model(tokens, loops=2, documents=documents, padding_mask=padding).logits
+        gradients = torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.core.parameters()))
+        found.append([logits, *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor, nn
 
 from loopwise.errors import ConfigError, InputError
@@ -23,6 +23,7 @@ from loopwise.models.config import LoopedLMConfig
 from loopwise.models.scoring import score
 from loopwise.nn.attention import Attention, CausalMemory, Memory, Plane
 from loopwise.nn.block import Block, Stack
+from loopwise.nn.kernels.causal import has_causal_kernel
 from loopwise.nn.mlp import GatedMLP
 from loopwise.nn.noise import truncated_normal
 from loopwise.nn.norms import RMSNorm
@@ -165,7 +166,10 @@ class LoopedLM(LoopModel):
             positions = count_positions(inputs, padding_mask, documents)
         if memory is None:
             mask = attention_mask(inputs, padding_mask, documents)
-            memory = CausalMemory(mask if mask is None else self._added(mask))
+            if padding_mask is None and has_causal_kernel(inputs.device, self.embed.weight.dtype):
+                memory = CausalMemory(mask, document_starts(inputs, documents))
+            else:
+                memory = CausalMemory(mask if mask is None else self._added(mask))
         if rotary is None:
             rotary = self.rotary(positions)
         config = self.config
@@ -414,6 +418,16 @@ def _begins(documents: Int[Tensor, "batch tokens"]) -> Bool[Tensor, "batch token
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     return begins
+
+
+def document_starts(
+    tokens: Int[Tensor, "batch tokens"], documents: Int[Tensor, "batch tokens"] | None = None
+) -> Int32[Tensor, "batch tokens"]:
+    """For each token the place where its document begins."""
+    if documents is None:
+        return torch.zeros(tokens.shape, dtype=torch.int32)
+    places = torch.arange(tokens.shape[-1])
+    return torch.where(_begins(documents), places, 0).cummax(-1).values.int()
 
 
 def attention_mask(

@@ -7,9 +7,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 
+from loopwise.nn.kernels.causal import DTYPES, causal_attention
 from loopwise.nn.norms import RMSNorm
 from loopwise.nn.rotary import Rotary, RotaryLayout, rotate
 
@@ -53,9 +54,13 @@ class CausalMemory:
     def __init__(
         self,
         mask: Bool[Tensor, "#batch one tokens tokens"] | Float[Tensor, "#batch one tokens tokens"] | None = None,
+        starts: Int32[Tensor, "batch tokens"] | None = None,
     ) -> None:
         self.mask = mask
         """See `attend_dense`."""
+        self.starts = starts
+        """The same in fewer numbers, where the mask allows runs of tokens and the kernel can be had: see
+        `causal_attention`."""
 
     def plane(self, loop: int) -> "CausalMemory":
         """The same object for every loop: a compiled core then never sees a loop index."""
@@ -68,6 +73,9 @@ class CausalMemory:
         k: Float[Tensor, "batch tokens kv_heads head_width"],
         v: Float[Tensor, "batch tokens kv_heads head_width"],
     ) -> Float[Tensor, "batch tokens heads head_width"]:
+        # Autocast may leave queries and values in different dtypes.
+        if self.starts is not None and q.dtype in DTYPES and q.dtype == k.dtype == v.dtype:
+            return causal_attention(q, k, v, self.starts)
         return attend_dense(q, k, v, self.mask)
 
 

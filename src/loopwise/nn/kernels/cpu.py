@@ -67,7 +67,15 @@ def _load() -> Loaded:
         return Loaded(None, str(error))
 
 
-def _compiled() -> Path:
+def load_library(source: Path) -> ctypes.CDLL | None:
+    """Another file of kernels, compiled like `cpu.cpp`; None where that cannot be had."""
+    try:
+        return ctypes.CDLL(str(_compiled(source)))
+    except (_Unavailable, OSError):
+        return None
+
+
+def _compiled(source: Path = SOURCE) -> Path:
     """Path of the shared library, compiled now unless the cache folder has it."""
     if os.environ.get(SWITCH, "") == "off":
         raise _Unavailable(f"{SWITCH}=off")
@@ -79,15 +87,15 @@ def _compiled() -> Path:
     runtime = _openmp_runtime()
     flags = FLAGS + (X86_FLAGS if platform.machine() == "x86_64" else ())
     version = _run([compiler, "--version"])
-    identity = "\0".join((SOURCE.read_text(), version, *flags, str(runtime), _processor()))
+    identity = "\0".join((source.read_text(), version, *flags, str(runtime), _processor()))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loopwise"
-    library = folder / f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
+    library = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # Compiled aside and moved, so that no process ever sees half a file; the last of several wins, all are equal.
         with tempfile.TemporaryDirectory(dir=folder) as aside:
             thing, made = Path(aside) / "cpu.o", Path(aside) / "cpu.so"
-            _run([compiler, *flags, "-c", str(SOURCE), "-o", str(thing)])
+            _run([compiler, *flags, "-c", str(source), "-o", str(thing)])
             # Linked without -fopenmp, which would bring a second OpenMP runtime into the process: its threads and
             # torch's would spin against each other. And without -ffast-math, which would link code that flushes
             # denormals to zero for the whole process.
