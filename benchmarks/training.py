@@ -1,8 +1,9 @@
 """Training speed and memory on this machine, beside transformers' Llama and beside the machine's own limit.
 
     python benchmarks/training.py            all parts; leave the machine alone meanwhile (about 12 minutes)
-    python benchmarks/training.py speed      one part: speed, depth or memory
+    python benchmarks/training.py speed      one part: attention, speed, depth or memory
 
+attention   forward and backward of one layer's attention within documents, beside torch's with a mask of numbers.
 speed   compiled core, last loop, document mask, clipping and optimiser included: share of the measured matrix-multiply
         peak, and tokens/s beside a compiled transformers Llama of the same shapes with loops x layers layers.
         The sides take turns in one process. Bars: 75% of the peak, 1.1 times Llama.
@@ -33,7 +34,9 @@ import torch
 from torch import Tensor
 
 from loopwise.models.config import LoopedLMConfig
-from loopwise.models.looped_lm import LoopedLM, initialise
+from loopwise.models.looped_lm import LoopedLM, attention_mask, document_starts, initialise
+from loopwise.nn.attention import attend_dense
+from loopwise.nn.kernels.causal import causal_attention
 from loopwise.objectives.base import LoopPlan
 from loopwise.objectives.registry import build_objective
 from loopwise.train.batches import Batch
@@ -124,6 +127,38 @@ def seconds(work: Callable[[], None]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def measure_attention() -> dict[str, Any]:
+    documents = batch_of(ROWS, TOKENS, VOCABULARY).documents
+    starts, mask = document_starts(documents, documents), attention_mask(documents, documents=documents)
+    added = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = torch.randn(4, ROWS, TOKENS, HEADS, WIDTH // HEADS, generator=generator).unbind()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    sides: dict[str, Callable[[], Tensor]] = {
+        "loopwise": lambda: causal_attention(q, k, v, starts),
+        "torch": lambda: attend_dense(q, k, v, added),
+    }
+    times: dict[str, list[float]] = {f"{name} {way}": [] for name in sides for way in ("forward", "backward")}
+    for _ in range(50):
+        for name, attend in sides.items():
+            began = time.perf_counter()
+            out = attend()
+            times[f"{name} forward"].append(time.perf_counter() - began)
+            times[f"{name} backward"].append(seconds(lambda out=out: torch.autograd.grad(out, leaves, grad)))
+    kept = {name: sorted(values[5:]) for name, values in times.items()}
+    both = {
+        name: [a + b for a, b in zip(times[f"{name} forward"], times[f"{name} backward"], strict=True)][5:]
+        for name in sides
+    }
+    ratios = [theirs / ours for theirs, ours in zip(both["torch"], both["loopwise"], strict=True)]
+    return {
+        "milliseconds": {name: 1e3 * statistics.median(values) for name, values in kept.items()},
+        "quartiles": {name: [1e3 * q for q in statistics.quantiles(values)[::2]] for name, values in kept.items()},
+        "times_torch": statistics.median(ratios),
+        "times_torch_quartiles": statistics.quantiles(ratios)[::2],
+    }
 
 
 def measure_speed() -> dict[str, Any]:
@@ -243,7 +278,7 @@ def main() -> None:
         memory_child(sys.argv[2])
         return
     keep_freed_memory()
-    parts = {"speed": measure_speed, "depth": measure_depth, "memory": measure_memory}
+    parts = {"attention": measure_attention, "speed": measure_speed, "depth": measure_depth, "memory": measure_memory}
     wanted = sys.argv[1:] or list(parts)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for name in wanted:
