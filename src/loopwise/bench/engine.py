@@ -4,10 +4,12 @@ Every comparison runs its sides in one process, in turn, and reports medians and
 arithmetic or memory bandwidth allow. Probes before and after tell whether the machine held still (`steady`).
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -51,7 +53,11 @@ class Load:
             raise ConfigError(f"temperature={self.temperature}: allowed is 0 or more")
 
     def prompts(self, model: LoopedLM) -> list[list[int]]:
-        """Random ids, the same in every run."""
+        """Pieces of a source file that comes with Python, or random ids for a model without a tokenizer."""
+        if model.tokenizer is not None:
+            ids = model.tokenizer.encode(Path(argparse.__file__).read_text(encoding="utf-8"))
+            firsts = [number * 97 % (len(ids) - self.prompt) for number in range(self.requests)]
+            return [ids[first : first + self.prompt] for first in firsts]
         places = torch.arange(self.requests * self.prompt).view(self.requests, self.prompt)
         drawn: list[list[int]] = (uniform(0, "bench prompts", places) * model.config.vocab_size).long().tolist()
         return drawn

@@ -6,11 +6,11 @@ started from another, everything behind p is dropped. Tokens, loops and log-prob
 
 How far to run ahead is a question of cost alone. With E loops per token, drafts that settle at loop s of the row before
 and a window of w drafts, a request has n = min(w + 1, E / s) rows in flight and makes n / E tokens per tick; a tick
-of B requests costs c(B n). The window with the least E c(B n) / n is taken, 0 among them.
+of B requests costs c(B n). The window with the least E c(B n) / n is taken, 0 among them, of those whose drafts are
+nearly free.
 """
 
 import bisect
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +21,9 @@ from loopwise.hub.tokenizer_files import read_json
 
 MOST = 7
 """Drafts of one request in flight, at most."""
+NEARLY_FREE = 1.15
+"""A tick with drafts may take this much longer than without. The measured cost of a tick leaves out attention and what
+the host does for each row, so where rows are dear a small predicted gain would be none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +94,19 @@ class CostCurve:
         return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
 
 
-def measure_costs(run: Callable[[int], None], *, rows: Sequence[int], rounds: int = 3) -> CostCurve:
-    """Time `run(n)` for each n, `rounds` times in turn after once for warming up; the medians, never falling."""
-    times: dict[int, list[float]] = {count: [] for count in rows}
+def measure_costs(run: Callable[[int], None], *, rows: Sequence[int], rounds: int = 4) -> CostCurve:
+    """Time `run(n)` for each n, `rounds` times in turn after once for warming up.
+
+    What else the machine does only adds time: the least counts, and no number of rows costs more than a larger one.
+    """
+    least = {count: float("inf") for count in rows}
     for turn in range(rounds + 1):
         for count in rows:
             began = time.perf_counter()
             run(count)
             if turn:
-                times[count].append(time.perf_counter() - began)
-    seconds: list[float] = []
-    for count in rows:
-        # Noise must not make more rows look cheaper than fewer.
-        seconds.append(max([statistics.median(times[count]), *seconds[-1:]]))
+                least[count] = min(least[count], time.perf_counter() - began)
+    seconds = [min(least[more] for more in rows if more >= count) for count in rows]
     return CostCurve(rows=tuple(rows), seconds=tuple(seconds))
 
 
@@ -156,8 +159,9 @@ class Speculator:
         for window in range(1, MOST + 1):
             flight = min(window + 1.0, most)
             cost = self.costs(rows * flight) / flight
+            dear = self.costs(rows * flight) > NEARLY_FREE * self.costs(rows)
             # A gain within the noise of the measurement is none.
-            if cost < 0.97 * best_cost:
+            if cost < 0.97 * best_cost and not dear:
                 best, best_cost = window, cost
             if flight == most:
                 break
