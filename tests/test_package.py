@@ -43,7 +43,7 @@ def test_every_public_name_is_where_the_table_says(name: str) -> None:
 def test_an_unknown_name_is_answered_with_a_near_one() -> None:
     with pytest.raises(AttributeError, match="no attribute 'unrol'; did you mean 'unroll'"):
         _ = loopwise.unrol  # type: ignore[attr-defined]
-    with pytest.raises(AttributeError, match="no attribute 'xyz'; it has LoopTrace, LoopedLM"):
+    with pytest.raises(AttributeError, match="no attribute 'xyz'; it has Engine, LoopTrace, LoopedLM"):
         _ = loopwise.xyz  # type: ignore[attr-defined]
 
 
