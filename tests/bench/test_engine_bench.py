@@ -77,6 +77,8 @@ def test_scenarios_run_on_any_model_and_become_a_table(shape: str, rule: str, mo
     replayed = found["depth"]["depths"]
     assert 1 <= replayed["mean_loops"] <= model.config.loops
     assert replayed["bound"] > 1
+    assert len(found["one"]["agreement_by_loop"]) == model.config.loops
+    assert found["one"]["agreement_by_loop"][-1] == 1.0
     assert found["one"]["core_bytes"] == sum(weight.nbytes for weight in model.core.parameters())
     table = render("tiny", found)
     assert table.row_count >= 6

@@ -285,6 +285,7 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
     read = loops * (core + adapter) + outside + model.head_weight.nbytes
     bandwidth = read_bandwidth()
     out: dict[str, Any] = {
+        "agreement_by_loop": agreement(model, engines["plain"], prompts, sampling),
         "core_bytes": core,
         "read_gigabytes_per_second": bandwidth / 1e9,
         "plain_tokens_per_second": median([1 / seconds for seconds in per_token["plain"]]),
@@ -309,6 +310,21 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
         for rows in range(1, loops + 1)
     }
     return out
+
+
+@torch.no_grad()
+def agreement(model: LoopedLM, engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[float]:
+    """Share of answered positions at which each loop's likeliest token is that of the last loop, loop 1 first."""
+    agreed = torch.zeros(model.config.loops)
+    done = engine.generate(prompts, sampling)
+    for answer in done:
+        tokens = torch.tensor([[*answer.prompt, *answer.tokens[:-1]]])
+        logits = model(tokens, collect=("logits",)).loop_logits
+        if logits is not None:
+            likeliest = logits[:, 0, len(answer.prompt) - 1 :].argmax(-1)
+            agreed += (likeliest == likeliest[-1]).float().mean(-1)
+    shares: list[float] = (agreed / len(done)).tolist()
+    return shares
 
 
 def crowd(model: LoopedLM, load: Load) -> dict[str, Any]:
