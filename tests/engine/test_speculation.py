@@ -25,7 +25,7 @@ def speculator(costs: CostCurve, *, loops: int, settles: float) -> Speculator:
     made = Speculator(Speculation(), lambda: costs, loops)
     for turn in range(400):
         settled = math.floor(settles) if (turn % 10) / 10 >= settles % 1 else math.ceil(settles)
-        made.learn(loops=loops, settled=settled)
+        made.learn(loops=loops, settled=settled, asked=True)
     return made
 
 
@@ -50,8 +50,8 @@ def test_no_number_of_rows_costs_more_than_a_larger_one(monkeypatch: pytest.Monk
     assert curve.seconds == (1.0, 1.5, 1.5)
 
 
-@pytest.mark.parametrize(("loops", "settles", "window"), [(4, 1, 3), (4, 2, 1), (8, 1, MOST), (8, 2, 3), (4, 4, 0)])
-def test_free_rows_are_used_as_far_as_drafts_settle(loops: int, settles: float, window: int) -> None:
+@pytest.mark.parametrize(("loops", "settles", "window"), [(4, 1, 3), (4, 2, 3), (8, 1, MOST), (8, 2, MOST), (4, 4, 0)])
+def test_free_rows_are_used_where_drafts_settle_before_the_end(loops: int, settles: float, window: int) -> None:
     assert speculator(FREE, loops=loops, settles=settles).window(1) == window
 
 
@@ -72,8 +72,17 @@ def test_acceptance_is_the_share_of_tokens_that_were_running_in_time() -> None:
     made = Speculator(Speculation(), lambda: FREE, 4)
     assert math.isnan(made.acceptance)
     for settled in (1, 4, 2, 4):
-        made.learn(loops=4, settled=settled)
+        made.learn(loops=4, settled=settled, asked=True)
     assert made.acceptance == 0.5
+
+
+def test_rows_that_the_window_held_back_teach_nothing_of_when_drafts_settle() -> None:
+    made = speculator(FREE, loops=4, settles=1)
+    before = made.settles
+    for _ in range(100):
+        made.learn(loops=4, settled=4, asked=False)
+    assert made.settles == before
+    assert made.window(1) == 3
 
 
 @pytest.mark.parametrize(

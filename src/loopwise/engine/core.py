@@ -162,6 +162,8 @@ class Core:
 
     def _draft(self, request: Request, row: Row, choice: Choice) -> None:
         """Start the next position from what a row seems about to say, or anew if it changed its mind."""
+        if self.speculator is not None and row.loop == self.speculator.settings.draft_loop:
+            row.asked = True
         # With a coda the last word waits until the codas of all earlier positions are final.
         if row.left and not self._has_coda:
             row.spare = choice
@@ -187,7 +189,9 @@ class Core:
         kept = after is not None and after.token == choice.token
         if self.speculator is not None and self._window and request.drafts:
             self.speculator.learn(
-                loops=row.left, settled=row.left - after.loop if after is not None and kept else row.left
+                loops=row.left,
+                settled=row.left - after.loop if after is not None and kept else row.left,
+                asked=row.asked or row.left <= self.speculator.settings.draft_loop,
             )
         request.left.append(row.left)
         if not self._say(request, choice, row.left, row.signals):

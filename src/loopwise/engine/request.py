@@ -61,6 +61,8 @@ class Row:
     """Loops that have run."""
     left: int = 0
     """The loop after which it stopped; 0 while that is open."""
+    asked: bool = False
+    """Whether it was read from the first draft loop on."""
     spare: Choice | None = None
     """The readout at its exit, when that is known before the row is confirmed."""
     left_state: Float[Tensor, " width"] | None = None

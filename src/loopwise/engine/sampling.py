@@ -219,13 +219,18 @@ def choose(
     # A tensor divides as in `_heated`, bit for bit; one number makes it in one step.
     heated = logits.double() / torch.full((1,), sampling.temperature, dtype=torch.float64, device=logits.device)
     if not sampling.filters:
-        rows = max(1, _AHEAD // len(logits))
+        rows = _rows_ahead(len(logits))
         noise = _noise_ahead(sampling.seed, sample, position // rows, rows, len(logits), logits.device)
         return int(torch.argmax(heated + noise[position % rows]))
     ids = candidates(logits, sampling).sort().values
     place = torch.full_like(ids, position)
     noise = gumbel(sampling.seed, "sampling", torch.full_like(ids, sample), place, ids)
     return int(ids[torch.argmax(heated[ids] + noise)])
+
+
+def _rows_ahead(vocab: int) -> int:
+    """Positions of one block of noise."""
+    return max(1, _AHEAD // vocab)
 
 
 @lru_cache(maxsize=1)
@@ -319,6 +324,12 @@ def _choose_open(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> I
     could be left out, and few are.
     """
     count, vocab = logits.shape
+    ahead = _rows_ahead(vocab)
+    blocks = {(row.sampling.seed, row.sample, row.position // ahead) for row in rows}
+    if len(blocks) == 1:
+        # One request and its drafts, which ask for the same positions again and again.
+        noise = _noise_ahead(*blocks.pop(), ahead, vocab, logits.device)[[row.position % ahead for row in rows]]
+        return torch.argmax(noise + _heated(logits, [row.sampling for row in rows]), dim=-1)
     step = max(1, _CPU_NUMBERS // vocab) if logits.device.type == "cpu" else count
     ids = torch.arange(vocab, device=logits.device)
     parts = [slice(first, first + step) for first in range(0, count, step)]

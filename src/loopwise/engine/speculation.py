@@ -165,12 +165,23 @@ class Speculator:
                 best, best_cost = window, cost
             if flight == most:
                 break
+        # Means hide that settled tokens come in runs: where even a full window is nearly free, it may be full.
+        deepest = min(MOST, round(self._loops) - 1)
+        while 0 < best < deepest and self.costs(rows * (best + 2)) <= NEARLY_FREE * self.costs(rows):
+            best += 1
         return best
 
-    def learn(self, *, loops: int, settled: int) -> None:
-        """One token became certain after `loops` loops; its successor had been started after `settled` of them."""
+    def learn(self, *, loops: int, settled: int, asked: bool) -> None:
+        """One token became certain after `loops` loops; its successor had been started after `settled` of them.
+
+        Args:
+            asked: whether its row was read from the first draft loop on. Where the window held that back, when its
+                successor began says nothing of when its draft settled.
+        """
         self.tokens += 1
         self.confirmed += settled < loops
+        if not asked:
+            return
         self._loops += 0.05 * (loops - self._loops)
         self._settles += 0.05 * (settled - self._settles)
 
