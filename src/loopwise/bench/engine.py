@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -276,20 +277,23 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
         name: Engine(model, "last_exited", speculate=how, prefix_cache=False, seats=1)
         for name, how in (("plain", "off"), ("drafts", str(draft_loop)), ("auto", "auto"))
     }
-    sides = {name: (lambda engine=engine: serve(engine, prompts, sampling)) for name, engine in engines.items()}
-    runs = take_turns(sides, load.rounds)
+    sides: dict[str, Callable[[], Any]] = {
+        name: partial(serve, engine, prompts, sampling) for name, engine in engines.items()
+    }
+    # In turn with the others: what memory gives changes within minutes.
+    runs = take_turns({"bandwidth": read_bandwidth, **sides}, load.rounds)
+    bandwidth = runs.pop("bandwidth")
     per_token = {name: [run.seconds / (run.tokens - len(prompts)) for run in found] for name, found in runs.items()}
     core = sum(weight.nbytes for weight in model.core.parameters())
     adapter = 0 if model.adapter is None else sum(weight.nbytes for weight in model.adapter.parameters())
     outside = sum(weight.nbytes for part in (model.prelude, model.coda) for weight in part.parameters())
     read = loops * (core + adapter) + outside + model.head_weight.nbytes
-    bandwidth = read_bandwidth()
     out: dict[str, Any] = {
         "agreement_by_loop": agreement(model, engines["plain"], prompts, sampling),
         "core_bytes": core,
-        "read_gigabytes_per_second": bandwidth / 1e9,
+        "read_gigabytes_per_second": median([rate / 1e9 for rate in bandwidth]),
         "plain_tokens_per_second": median([1 / seconds for seconds in per_token["plain"]]),
-        "share_of_bandwidth": median([read / seconds / bandwidth for seconds in per_token["plain"]]),
+        "share_of_bandwidth": ratios([read / seconds for seconds in per_token["plain"]], bandwidth),
     }
     for name in ("drafts", "auto"):
         speculator = engines[name]._core.speculator

@@ -284,9 +284,14 @@ class Core:
                 request.flight.append(Row(len(request.prompt), choice.token))
 
     def _publish(self, request: Request, length: int) -> None:
-        if self.prefix is not None and request.pages is not None:
+        # Weights that changed meanwhile have made pages that fit neither the old identity nor the new.
+        if (
+            self.prefix is not None
+            and request.pages is not None
+            and request.identity == (identity := self._identity(request))
+        ):
             planes = self._memory.stores(request.max_loops, generated=False)
-            self.prefix.publish(request.pages, self._identity(request), request.tokens[:length], planes)
+            self.prefix.publish(request.pages, identity, request.tokens[:length], planes)
 
     def drop(self, request: Request, place: int) -> None:
         """Forget the rows of a request's flight from an index on, and the pages that only they needed."""

@@ -145,7 +145,11 @@ class Engine:
             ConfigError: settings that this model or engine cannot serve.
             InputError: an empty or too long prompt, ids outside the vocabulary, or an answer that memory cannot hold.
         """
-        request = self._request(prompt, sampling or Sampling(), sample, replay)
+        sampling = sampling or Sampling()
+        if sampling.n != 1:
+            raise ConfigError(f"n={sampling.n}: a ticket is one answer; submit with sample=0, 1, ..., or use generate")
+        check_loops(self.model, sampling.max_loops or self.model.config.loops)
+        request = self._request(prompt, sampling, sample, replay)
         request.signals, request.provisional = self._has_signal(signals), provisional
         return self._open(request)
 
@@ -173,7 +177,7 @@ class Engine:
         ids = encode_prompt(model, prompt)
         room = min(sampling.max_tokens, model.config.max_positions - len(ids))
         self._check_room(len(ids), room, checked.max_loops)
-        check_replay(replay, room, checked.max_loops)
+        check_replay(replay, room, checked.max_loops, model.config.vocab_size)
         return Request(
             prompt=ids,
             sampling=sampling,
@@ -232,11 +236,18 @@ class Engine:
                     kind, request = self._inbox.get_nowait()
                 except queue.Empty:
                     break
+                if request.stage is Stage.DONE:
+                    continue
                 if kind == "submit":
                     self._core.scheduler.waiting.append(request)
-                elif request.stage is not Stage.DONE:
+                else:
                     self._core.end(request)
-            return self._core.tick()
+            try:
+                return self._core.tick()
+            except BaseException as error:
+                # Half a tick has run: going on from here would give wrong answers.
+                self._failure = error
+                raise
 
     def __enter__(self) -> "Engine":
         """Start a thread that ticks whenever there is work."""
@@ -317,6 +328,8 @@ class Engine:
         Raises:
             ConfigError, InputError: as `submit`, before anything runs.
         """
+        if isinstance(prompts, str):
+            raise InputError("prompts is one text; give a list of them: engine.generate([text])")
         settings = list(sampling) if isinstance(sampling, Sequence) else [sampling or Sampling()] * len(prompts)
         followed = list(replays) if replays is not None else [None] * len(prompts)
         for name, given in (("sampling", settings), ("replays", followed)):

@@ -228,6 +228,8 @@ def check_sampling(model: LoopedLM, sampling: Sampling, *, policy: str | None = 
         raise ConfigError(f"min_loops={sampling.min_loops}: allowed is 1 to max_loops={max_loops}")
     if sampling.stop and model.tokenizer is None:
         raise InputError(f"stop={sampling.stop} is text, but this checkpoint has no tokenizer.json; leave it out")
+    if isinstance(sampling.start, int) and model.config.start != "normal":
+        raise ConfigError(f'start={sampling.start}: this model starts from {model.config.start}; allowed is "zero"')
     return Checked(
         rule=bind_rule(model, sampling.exit or f"fixed:{max_loops}", sequential=True),
         policy=check_policy(policy or ("last_exited" if sampling.exit else "per_loop")),

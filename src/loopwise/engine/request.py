@@ -120,6 +120,8 @@ class Request:
     number: int = field(default_factory=lambda: next(_numbers))
     """Rises with every request: who came first."""
 
+    identity: object = None
+    """What its prompt's numbers depend on beside its tokens, when it was let in."""
     stage: Stage = Stage.WAITING
     pages: PageList | None = None
     snapshot: Snapshot | None = None
@@ -185,17 +187,19 @@ class Request:
         return self.rule.mean * begun - spent
 
 
-def check_replay(replay: Replay | None, room: int, max_loops: int) -> None:
+def check_replay(replay: Replay | None, room: int, max_loops: int, vocab_size: int) -> None:
     """Refuse a recording that does not fit the request.
 
     Raises:
-        InputError: too few tokens or loops, or loops out of range.
+        InputError: too few tokens or loops, or some out of range.
     """
     if replay is None:
         return
     for name, numbers in (("tokens", replay.tokens), ("loops", replay.loops)):
         if numbers is not None and len(numbers) < room:
             raise InputError(f"replay has {len(numbers)} {name}, the answer may have {room} tokens; give as many")
+    if replay.tokens is not None and not all(0 <= token < vocab_size for token in replay.tokens):
+        raise InputError(f"replay.tokens hold an id outside the vocabulary; ids run from 0 to {vocab_size - 1}")
     if replay.loops is not None and not all(1 <= loops <= max_loops for loops in replay.loops):
         raise InputError(
             f"replay.loops run from {min(replay.loops)} to {max(replay.loops)}; allowed are 1 to {max_loops}"

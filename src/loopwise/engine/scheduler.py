@@ -80,13 +80,14 @@ class Scheduler:
                 restore_pages(self.memory, request.pages, request.snapshot)
                 request.snapshot = None
             elif self.prefix is not None:
+                request.identity = self._identity(request)
                 self._borrow(request, request.pages, self.prefix)
 
     def _borrow(self, request: Request, pages: PageList, prefix: PrefixCache) -> None:
         """Begin with the pages that another request has left of the same prompt."""
         planes = self.memory.stores(request.max_loops, generated=False)
         # The last token is computed in any case: its prediction is the answer's first token.
-        found = prefix.find(pages, self._identity(request), request.prompt[:-1], planes)
+        found = prefix.find(pages, request.identity, request.prompt[:-1], planes)
         if found:
             request.cursor = found
             for loop in range(0 if self.memory.boundary is not None else 1, request.max_loops + 1):
@@ -121,14 +122,15 @@ class Scheduler:
             request.pages = None
         elif request in self.waiting:
             self.waiting.remove(request)
-        request.snapshot = None
+        request.snapshot = request.chunk = None
         request.stage = Stage.DONE
 
     def step_aside(self, request: Request) -> None:
         """Copy what is settled to host memory and give everything back; what was in flight starts its position anew."""
         assert request.pages is not None
         settled = request.settled
-        request.snapshot = save_pages(self.memory, request.pages, settled)
+        spoken = max(settled, len(request.left))
+        request.snapshot = save_pages(self.memory, request.pages, settled, spoken=spoken) if settled else None
         # Rows that have answered keep the loop they left at: they only have planes to fill.
         again = [Row(row.position, row.token, left=row.left) for row in request.flight[: request.frontier + 1]]
         self._drop(request, 0)

@@ -26,15 +26,20 @@ class Snapshot:
     """Pages of the core and of the boundary that the sequence needs to come back."""
 
 
-def save_pages(memory: PagedMemory, pages: PageList, length: int) -> Snapshot:
-    """Copy the first `length` positions of every plane, and how readers find them; the pages are kept."""
+def save_pages(memory: PagedMemory, pages: PageList, length: int, *, spoken: int) -> Snapshot:
+    """Copy the first positions of every plane, and how readers find them; the pages are kept.
+
+    Args:
+        length: positions that have written every plane of the core.
+        spoken: positions whose coda is final, at least `length`: rows that still fill planes write theirs no more.
+    """
     size = memory.layout.page
-    count = -(-length // size)
     table = memory.table(pages, length).copy()
     planes: dict[int, list[int]] = {}
     contents: list[list[tuple[Tensor, Tensor]]] = []
     counts = []
     for core in (True, False):
+        count = -(-(length if core else spoken) // size)
         mine = [plane for plane in pages.planes if (plane != BOUNDARY) == core]
         physical = sorted({page for plane in mine for page in pages.planes[plane][:count] if page >= 0})
         ordinal = {page: number for number, page in enumerate(physical)}

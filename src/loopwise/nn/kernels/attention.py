@@ -73,8 +73,9 @@ def gathered_attention(
     """
     columns = torch.arange(int(lengths.max()) if len(lengths) else 0, device=q.device)
     read = columns < lengths[:, None]
-    # Beyond its length a table row may hold anything.
-    slots = torch.where(read, table[rows, : len(columns)], 0)
+    # Beyond its length a table row may hold anything, and another's slot may hold what is not finite.
+    own = table[rows, :1] * (lengths[:, None] > 0)
+    slots = torch.where(read, table[rows, : len(columns)], own)
     out = F.scaled_dot_product_attention(
         q[:, :, None],
         keys[slots].transpose(1, 2),
