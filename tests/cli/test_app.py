@@ -46,7 +46,7 @@ def test_every_verb_of_the_table_has_its_module(verb: str) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["dmo"], "there is no verb 'dmo'; did you mean demo; allowed: demo, train, generate, chat, info, bench, convert"),
+        (["dmo"], f"there is no verb 'dmo'; did you mean demo; allowed: {', '.join(VERBS)}"),
         (["--vrsion"], "no such option: --vrsion; did you mean --version; type: loopwise --help"),
         (["demo"], "missing argument 'model'; type: loopwise demo --help"),
         (["demo", "m", "--lloops=3"], "no such option: --lloops; did you mean --loops; type: loopwise demo --help"),
