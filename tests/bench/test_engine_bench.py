@@ -116,3 +116,9 @@ def test_the_best_drafts_are_kept_beside_the_weights_and_found_again(tmp_path: P
 def test_a_model_without_a_folder_cannot_keep_drafts() -> None:
     with pytest.raises(StorageError, match="save it first"):
         keep_drafts(tiny("ouro"), "1")
+
+
+def test_a_seat_for_every_request_leaves_no_steady_stretch() -> None:
+    found = depth_batching(tiny("ouro"), Load(requests=2, seats=2, prompt=3, tokens=3, rounds=1))
+    assert "steady_speedup" not in found["depths"]
+    assert found["depths"]["speedup"]["median"] > 0

@@ -179,18 +179,19 @@ def depth_batching(model: LoopedLM, load: Load, *, rule: str | None = None) -> d
         mean = _mean_loops(runs[name][0], load, loops)
         bound = load_flops(model, load, loops) / load_flops(model, load, mean)
         speedup = ratios([run.seconds for run in fixed], [run.seconds for run in runs[name]])
-        steady = ratios(
-            [run.steady_seconds / run.steady_tokens for run in fixed],
-            [run.steady_seconds / run.steady_tokens for run in runs[name]],
-        )
         out[name] = {
             "mean_loops": mean,
             "bound": bound,
             "speedup": speedup,
             "share_of_bound": speedup["median"] / bound,
-            "steady_speedup": steady,
-            "share_of_bound_steady": steady["median"] / bound,
         }
+        # With a seat for every request there is no stretch in which all seats are taken.
+        if load.requests > load.seats:
+            steady = ratios(
+                [run.steady_seconds / run.steady_tokens for run in fixed],
+                [run.steady_seconds / run.steady_tokens for run in runs[name]],
+            )
+            out[name] |= {"steady_speedup": steady, "share_of_bound_steady": steady["median"] / bound}
     return out
 
 
