@@ -122,3 +122,11 @@ def test_a_seat_for_every_request_leaves_no_steady_stretch() -> None:
     found = depth_batching(tiny("ouro"), Load(requests=2, seats=2, prompt=3, tokens=3, rounds=1))
     assert "steady_speedup" not in found["depths"]
     assert found["depths"]["speedup"]["median"] > 0
+
+
+def test_a_model_of_one_loop_has_no_drafts_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loopwise.bench.engine.read_bandwidth", lambda: 1e10)
+    model = tiny("ouro", loops=1, trained_loops=(1, 1))
+    found = one_request(model, Load(requests=1, seats=1, prompt=3, tokens=3, rounds=1))
+    assert "drafts" not in found
+    assert "tick_cost" not in found

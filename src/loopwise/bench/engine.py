@@ -310,10 +310,10 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
             "predicted": loops / speculator.settles / (curve(flight) / curve(1)),
         }
         out[name]["share_of_prediction"] = speedup["median"] / max(1.0, out[name]["predicted"])
-    out["tick_cost"] = {
-        str(rows): engines["drafts"]._core.speculator.costs(rows) / engines["drafts"]._core.speculator.costs(1)  # type: ignore[union-attr]
-        for rows in range(1, loops + 1)
-    }
+    speculator = engines["drafts"]._core.speculator
+    if speculator is not None:
+        curve = speculator.costs
+        out["tick_cost"] = {str(rows): curve(rows) / curve(1) for rows in range(1, loops + 1)}
     return out
 
 
