@@ -70,5 +70,5 @@ $(RUN): pyproject.toml constraints.txt Makefile scripts/install.py $(OTHER_CHOIC
 	@touch $@
 
 $(DEV): $(RUN)
-	@$(INSTALL) --extras=dev,train,finetune,eval,tensorboard
+	@$(INSTALL) --extras=dev,train,study,serve,finetune,eval,tensorboard
 	@touch $@
