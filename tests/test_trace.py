@@ -36,6 +36,7 @@ def make(**changes: Any) -> LoopTrace:
         "vocabulary": {token: f"<{token}>" for token in range(50)},
         "losses": noise.random((TOKENS, LOOPS)).astype(np.float32) * 5,
         "entropy": noise.random((TOKENS, LOOPS)).astype(np.float32),
+        "kl": noise.random((TOKENS, LOOPS)).astype(np.float32),
         "states": noise.random((TOKENS, LOOPS, WIDTH)).astype(np.float32),
     }
     return LoopTrace(**(fields | changes))
@@ -68,7 +69,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
     for name in ("tokens", "loops", "signals", "top_ids", "losses", "states"):
         np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
         assert getattr(again, name).dtype == getattr(trace, name).dtype
-    for name in ("top_probs", "entropy"):
+    for name in ("top_probs", "entropy", "kl"):
         np.testing.assert_allclose(getattr(again, name), getattr(trace, name), rtol=2**-11)
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["trace.safetensors"]
 
@@ -237,7 +238,7 @@ def rewrite(path: Path, **metadata: str) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"version": "2"}, "version 2, this Loopwise reads up to 1; type: pip install --upgrade loopwise"),
+        ({"version": "3"}, "version 3, this Loopwise reads up to 2; type: pip install --upgrade loopwise"),
         ({"version": "one"}, "names no version"),
         ({"format": "pt"}, "is not a loop trace"),
         ({"trace": "{"}, "corrupt"),

@@ -23,7 +23,7 @@ from loopwise.errors import CheckpointError, InputError, NotFoundError, StorageE
 
 SIGNAL_KINDS = ("hazard", "halt_logit", "certainty", "delta")
 FORMAT = "loopwise-trace"
-ARRAYS = ("tokens", "loops", "signals", "top_ids", "top_probs", "losses", "entropy", "states")
+ARRAYS = ("tokens", "loops", "signals", "top_ids", "top_probs", "losses", "entropy", "kl", "states")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,8 +53,8 @@ class LoopTrace:
     that this check with its message is the one that speaks.
     """
 
-    version: ClassVar[int] = 1
-    """Of the file format; a reader refuses newer ones."""
+    version: ClassVar[int] = 2
+    """Of the file format; a reader refuses newer ones. 2 added `kl`."""
 
     title: str = ""
     """One line for people; empty: the model's name is shown."""
@@ -88,6 +88,9 @@ class LoopTrace:
     """(T, R) loss of this token after each loop in nats, float32; NaN where unknown."""
     entropy: np.ndarray | None = None
     """(T, R) entropy of the prediction in nats, NaN where unknown. float32; float16 in the file (error under 0.004)."""
+    kl: np.ndarray | None = None
+    """(T, R) Kullback-Leibler divergence in nats of the prediction after each loop from that after the last one,
+    KL(last || this); NaN where unknown. float32; float16 in the file."""
     states: np.ndarray | None = None
     """(T, R, D) state after each loop, NaN where not run; float16 is kept as such, all else is float32."""
 
@@ -105,7 +108,7 @@ class LoopTrace:
             raise InputError(f"max_loops is {self.max_loops}; it must be at least 1")
         count = len(self.texts)
         shapes: dict[str, tuple[int | None, ...]] = dict.fromkeys(("tokens", "loops"), (count,))
-        shapes |= dict.fromkeys(("signals", "losses", "entropy"), (count, self.max_loops))
+        shapes |= dict.fromkeys(("signals", "losses", "entropy", "kl"), (count, self.max_loops))
         shapes |= dict.fromkeys(("top_ids", "top_probs", "states"), (count, self.max_loops, None))
         for name, shape in shapes.items():
             value = getattr(self, name)
@@ -232,7 +235,7 @@ class LoopTrace:
         from safetensors.numpy import save
 
         arrays = {name: value for name in ARRAYS if (value := getattr(self, name)) is not None}
-        for name in ("top_probs", "entropy"):
+        for name in ("top_probs", "entropy", "kl"):
             if name in arrays:
                 arrays[name] = arrays[name].astype(np.float16)
         head = self._head() | {

@@ -23,6 +23,11 @@ NaiveLM, naive_rule, tiny = naive["NaiveLM"], naive["naive_rule"], naive["tiny"]
 TOKENS = [3, 1, 22, 7, 0, 9, 4, 4, 11]
 
 
+def chances_of(logits: np.ndarray) -> np.ndarray:
+    chances = np.exp(logits - logits.max())
+    return chances / chances.sum()
+
+
 @pytest.mark.parametrize("shape", ["ouro", "huginn", "coda", "llama"])
 @pytest.mark.parametrize("chunk", [4, 256])
 def test_every_number_is_that_of_the_row_before(shape: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,16 +37,16 @@ def test_every_number_is_that_of_the_row_before(shape: str, chunk: int, monkeypa
     rows = [NaiveLM(model).run(TOKENS, loops=loops) for loops in range(1, 5)]
     for loop in range(4):
         for token in range(1, len(TOKENS)):
-            row = rows[loop][token - 1]
-            chances = np.exp(row.prediction - row.prediction.max())
-            chances /= chances.sum()
+            chances, last = (chances_of(rows[which][token - 1].prediction) for which in (loop, 3))
             best = np.argsort(-chances, kind="stable")[:3]
             assert trace.top_ids is not None
             assert trace.top_ids[token, loop].tolist() == best.tolist()
             np.testing.assert_allclose(trace.top_probs[token, loop], chances[best], rtol=1e-5)
             np.testing.assert_allclose(trace.losses[token, loop], -np.log(chances[TOKENS[token]]), rtol=1e-5)
             np.testing.assert_allclose(trace.entropy[token, loop], -(chances * np.log(chances)).sum(), rtol=1e-5)
-    for name in ("losses", "entropy", "top_probs", "states"):
+            apart = (last * (np.log(last) - np.log(chances))).sum()
+            np.testing.assert_allclose(trace.kl[token, loop], apart, rtol=1e-4, atol=1e-6)
+    for name in ("losses", "entropy", "kl", "top_probs", "states"):
         assert np.isnan(getattr(trace, name)[0]).all(), name
         assert not np.isnan(getattr(trace, name)[1:]).any(), name
     with torch.no_grad():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import linear
 
 from loopwise.errors import ConfigError, InputError
 from loopwise.loops.drivers import bind_rule, unroll
@@ -75,17 +76,15 @@ def record_trace(
     ids = torch.tensor([list(tokens)], dtype=torch.long, device=model.embed.weight.device)
     context = model.encode(ids)
     record = _Record(rows=len(tokens) - 1, loops=most, top=min(top, model.config.vocab_size))
-    kept: dict[str, list[Tensor]] = {"states": [], "logits": []}
+    kept: dict[str, list[Tensor]] = {"states": [], "hidden": []}
 
     def look(loop: int, state: Tensor) -> None:
-        hidden = model.read(state, context)[0, :-1]
-        logits = record.read(loop - 1, hidden, model.head_weight, ids[0, 1:], keep="logits" in needs)
-        if logits is not None:
-            kept["logits"].append(logits)
+        kept["hidden"].append(model.read(state, context)[0, :-1])
         if "state" in needs or keep_states:
             kept["states"].append(state[0, :-1])
 
     out = unroll(model, context, loops=most, start=start, collect=["signals"], visit=look)
+    record.read(kept["hidden"], model.head_weight, ids[0, 1:])
     seen = None if out.signals is None else out.signals[:, 0, :-1]
     if loops is not None:
         ran = np.concatenate([np.zeros(prompt_length, dtype=np.int64), np.asarray(loops, dtype=np.int64)])
@@ -95,7 +94,7 @@ def record_trace(
             states=torch.stack(kept["states"]) if "state" in needs else None,
             # A rule that reads nothing still has to be told how many units and loops there are.
             signals=seen if seen is not None else torch.zeros(most, record.rows) if not needs else None,
-            logits=torch.stack(kept["logits"]) if "logits" in needs else None,
+            logits=linear(torch.stack(kept["hidden"]), model.head_weight) if "logits" in needs else None,
             start=model.initial_state(context, start)[0, :-1] if "state" in needs else None,
             min_loops=min_loops,
             unit_axes=1,
@@ -130,40 +129,35 @@ class _Record:
         self.arrays: dict[str, Any] = {
             "losses": unknown[:, :, 0].copy(),
             "entropy": unknown[:, :, 0].copy(),
+            "kl": unknown[:, :, 0].copy(),
             "top_probs": unknown,
             "top_ids": np.zeros((rows + 1, loops, top), dtype=np.int64),
         }
 
     def read(
-        self,
-        loop: int,
-        hidden: Float[Tensor, "rows width"],
-        head: Float[Tensor, "vocab width"],
-        targets: Tensor,
-        *,
-        keep: bool,
-    ) -> Float[Tensor, "rows vocab"] | None:
-        """Note what one loop predicts; return the logits if they are wanted."""
-        whole: list[Tensor] = []
+        self, hidden: Sequence[Float[Tensor, "rows width"]], head: Float[Tensor, "vocab width"], targets: Tensor
+    ) -> None:
+        """Note what every loop predicts, some rows at a time; the last loop first, as all others are held to it."""
         for first in range(0, self.rows, _CHUNK):
             rows = slice(first + 1, min(first + _CHUNK, self.rows) + 1)
-            logits = torch.nn.functional.linear(hidden[first : first + _CHUNK], head)
-            logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-            probabilities = logprobs.exp()
-            best = probabilities.topk(self.top, dim=-1)
-            # A probability that rounds to zero has a log of -inf, which counts as nothing.
-            entropy = -(probabilities * logprobs.clamp(min=-1e4)).sum(-1)
-            found = {
-                "losses": -logprobs.gather(-1, targets[first : first + _CHUNK, None])[:, 0],
-                "entropy": entropy,
-                "top_probs": best.values,
-                "top_ids": best.indices,
-            }
-            for name, tensor in found.items():
-                self.arrays[name][rows, loop] = tensor.cpu().numpy()
-            if keep:
-                whole.append(logits)
-        return torch.cat(whole) if whole else hidden.new_zeros(0, len(head)) if keep else None
+            final: Tensor | None = None
+            for loop in reversed(range(len(hidden))):
+                logits = linear(hidden[loop][first : first + _CHUNK], head)
+                logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
+                # A probability that rounds to zero has a log of -inf, which counts as nothing.
+                logprobs = logprobs.clamp(min=-1e4)
+                final = logprobs if final is None else final
+                probabilities = logprobs.exp()
+                best = probabilities.topk(self.top, dim=-1)
+                found = {
+                    "losses": -logprobs.gather(-1, targets[first : first + _CHUNK, None])[:, 0],
+                    "entropy": -(probabilities * logprobs).sum(-1),
+                    "kl": (final.exp() * (final - logprobs)).sum(-1),
+                    "top_probs": best.values,
+                    "top_ids": best.indices,
+                }
+                for name, tensor in found.items():
+                    self.arrays[name][rows, loop] = tensor.cpu().numpy()
 
 
 def _shift(values: Tensor) -> np.ndarray:
