@@ -1,0 +1,89 @@
+"""Figures of one look: lines with bands over seeds, bars with whiskers."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from _intervals import Interval, t_interval
+
+from loopwise.errors import MissingExtraError
+
+COLOURS = ("#1b4f9c", "#c8553d", "#2a9d70", "#8e5bb5", "#d19a1e", "#4a4a4a", "#3aa6c9", "#b03a77")
+
+
+def figure(*, x: str, y: str, title: str = "", width: int = 760, height: int = 440) -> Any:
+    """An empty figure with its axes named.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    try:
+        import plotly.graph_objects as go
+    except ImportError:
+        raise MissingExtraError("plotly", "study") from None
+    made = go.Figure()
+    made.update_layout(
+        template="plotly_white",
+        title={"text": title, "font": {"size": 15}},
+        width=width,
+        height=height,
+        font={"family": "Helvetica, Arial, sans-serif", "size": 13},
+        margin={"l": 70, "r": 20, "t": 50 if title else 20, "b": 60},
+        legend={"bgcolor": "rgba(255,255,255,0.7)"},
+        barmode="group",
+        scattermode="group",
+    )
+    made.update_xaxes(title=x)
+    made.update_yaxes(title=y)
+    return made
+
+
+def colour(index: int) -> str:
+    """The colour of the series with this number."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def add_line(
+    made: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], *, name: str, index: int, dash: str = "solid"
+) -> None:
+    """The mean over seeds, a row of `seeds` each, and the band from the least to the most of them."""
+    columns = list(zip(*seeds, strict=True))
+    shade = "rgba({},{},{},0.16)".format(*(int(colour(index)[i : i + 2], 16) for i in (1, 3, 5)))
+    edges = [*map(max, columns), *reversed(list(map(min, columns)))]
+    made.add_scatter(
+        x=[*x, *reversed(x)],
+        y=edges,
+        fill="toself",
+        fillcolor=shade,
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    made.add_scatter(
+        x=list(x),
+        y=[sum(column) / len(column) for column in columns],
+        name=name,
+        mode="lines+markers",
+        line={"color": colour(index), "width": 2, "dash": dash},
+        marker={"size": 6},
+    )
+
+
+def add_bars(made: Any, groups: Mapping[str, Sequence[float]], *, name: str, index: int) -> None:
+    """One bar for each group with its values' mean, and every seed as a dot."""
+    means: list[Interval] = [t_interval(values) for values in groups.values()]
+    made.add_bar(
+        x=list(groups),
+        y=[m.mean for m in means],
+        name=name,
+        marker={"color": colour(index), "opacity": 0.75},
+        offsetgroup=name,
+    )
+    made.add_scatter(
+        x=[group for group, values in groups.items() for _ in values],
+        y=[value for values in groups.values() for value in values],
+        mode="markers",
+        marker={"color": "#222", "size": 5},
+        showlegend=False,
+        offsetgroup=name,
+    )
