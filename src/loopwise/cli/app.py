@@ -23,7 +23,9 @@ VERBS = {
     "train": "Train a looped model, or go on training one",
     "generate": "Continue a prompt, spending loops where they are needed",
     "chat": "Talk with a model",
+    "serve": "Serve a model behind OpenAI's API, with a knob for loops",
     "info": "Say what a checkpoint is: parameters, loops, memory and work per loop",
+    "studio": "Look between the loops in the browser: text, lens, trajectories, exits, runs",
     "bench": "Measure the engine on this machine",
     "convert": "Change a checkpoint's format, number type or depth",
 }

@@ -1,0 +1,62 @@
+"""Where states go from loop to loop: a projection for the eye, and beside it numbers that no projection can bend.
+
+Axes: T tokens, R loops, D width.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from loopwise.errors import InputError
+from loopwise.trace import LoopTrace
+
+
+def state_paths(trace: LoopTrace) -> dict[str, Any]:
+    """Principal coordinates of all states of a trace, with unprojected step lengths and angles.
+
+    Returns lists per token and loop, four digits of each: `xyz` (T, R, 3), `explained` (3 shares of the variance),
+    `steps` (T, R), the length of each update relative to the state it led to, and `angles` (T, R), in degrees between
+    an update and the one before it. The first loop has no update that is known, the second no angle: None there, and
+    where nothing ran.
+
+    Raises:
+        InputError: the trace was recorded without states.
+    """
+    if trace.states is None:
+        raise InputError("this trace carries no states; record it with keep_states=True")
+    states = trace.states.astype(np.float64)
+    tokens, loops, width = states.shape
+    flat = states.reshape(-1, width)
+    known = ~np.isnan(flat).any(axis=1)
+    coordinates = np.full((len(flat), 3), np.nan)
+    explained = np.zeros(3)
+    if known.sum() > 1:
+        centred = flat[known] - flat[known].mean(axis=0)
+        # The Gram matrix over features is small where there are many tokens, and one SVD does for both cases.
+        _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
+        kept = min(3, len(sizes))
+        coordinates[known, :kept] = centred @ axes[:kept].T
+        coordinates[known, kept:] = 0.0
+        explained[:kept] = sizes[:kept] ** 2 / max(float((sizes**2).sum()), 1e-300)
+    updates = np.diff(states, axis=1)
+    lengths = np.linalg.norm(updates, axis=-1)
+    steps = np.full((tokens, loops), np.nan)
+    steps[:, 1:] = lengths / np.maximum(np.linalg.norm(states[:, 1:], axis=-1), 1e-12)
+    angles = np.full((tokens, loops), np.nan)
+    if loops > 2:
+        both = np.maximum(lengths[:, 1:] * lengths[:, :-1], 1e-300)
+        cosine = np.clip((updates[:, 1:] * updates[:, :-1]).sum(-1) / both, -1, 1)
+        angles[:, 2:] = np.degrees(np.arccos(cosine))
+    return {
+        "xyz": _short(coordinates.reshape(tokens, loops, 3)),
+        "explained": np.round(explained, 4).tolist(),
+        "steps": _short(steps),
+        "angles": _short(angles),
+    }
+
+
+def _short(values: np.ndarray) -> Any:
+    """Nested lists of four significant digits; NaN becomes None."""
+    if values.ndim == 0:
+        return None if np.isnan(values) else float(f"{values:.4g}")
+    return [_short(part) for part in values]
