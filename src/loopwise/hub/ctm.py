@@ -159,7 +159,7 @@ def read_config(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
             neuron_hidden=need(raw, "memory_hidden_dims", int) if deep else None,
             neuron_norm=optional(raw, "do_layernorm_nlm", False, bool),
             synapse_depth=need(raw, "synapse_depth", int),
-            pairing=pairing,  # type: ignore[arg-type]
+            pairing=pairing,
             out_neurons=need(raw, "n_synch_out", int),
             action_neurons=need(raw, "n_synch_action", int),
             # Their scripts leave a number there that other pairings do not look at.
