@@ -1,6 +1,5 @@
 """Exits on held-out tokens: the chord, the threshold that has a mean, the two semantics, ranks."""
 
-import math
 import runpy
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from loopwise.study.exits import Depths, hazard_for, measure_depths, measure_exit, rank_correlation
+from loopwise.study.exits import Depths, hazard_for, measure_depths, measure_exit
 from loopwise.train.batches import Batch
 
 tiny = runpy.run_path(str(Path(__file__).parents[1] / "models" / "naive_lm.py"))["tiny"]
@@ -64,10 +63,3 @@ def test_the_threshold_has_the_mean_that_was_asked_for() -> None:
     assert point.mean_loops == pytest.approx(2.5, abs=1 / len(point.loops))
     chosen = depths.losses[point.loops - 1, np.arange(len(point.loops))]
     assert point.loss == pytest.approx(chosen.mean(), rel=1e-6)
-
-
-def test_rank_correlation() -> None:
-    assert rank_correlation(np.array([1, 2, 3]), np.array([10, 20, 90])) == pytest.approx(1.0)
-    # Ties share their mean rank: ranks 1.5 1.5 3 against 1 2 3.
-    assert rank_correlation(np.array([1, 1, 2]), np.array([1, 2, 3])) == pytest.approx(math.sqrt(3) / 2)
-    assert math.isnan(rank_correlation(np.array([1, 1]), np.array([1, 2])))

@@ -22,6 +22,11 @@ def test_the_verifier_passes_over_what_is_not_asked():
     assert Doubling().verify(problems, answers).tolist() == [True, True, False, True]
 
 
+def test_a_problem_may_ask_for_one_class():
+    problems = Problems(inputs=torch.zeros(3), targets=torch.tensor([1, 2, IGNORED]), difficulty=torch.ones(3))
+    assert Doubling().verify(problems, torch.tensor([1, 0, 0])).tolist() == [True, False, True]
+
+
 def test_a_problem_depends_on_seed_and_number_alone():
     whole = Doubling().draw(3, numbers(0, 8)).inputs
     assert torch.equal(Doubling().draw(3, torch.tensor([5, 1])).inputs, whole[[5, 1]])

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 
 from loopwise.models.looped_lm import LoopedLM
-from loopwise.study.exits import ExitPoint, measure_depths, measure_exit, rank_correlation
+from loopwise.study.exits import ExitPoint, measure_depths, measure_exit
+from loopwise.study.statistics import rank_correlation
 from loopwise.tasks.pointer_chasing import PointerChasing
 from loopwise.train.batches import Batch
 

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from loopwise.loops.drivers import bind_rule, run_until, unroll
@@ -169,20 +169,6 @@ def hazard_for(depths: Depths, mean_loops: float) -> str:
         mean = float(replay(f"hazard:{middle!r}", signals=signals).double().mean())
         low, high = (middle, high) if mean < mean_loops else (low, middle)
     return f"hazard:{round(high, 4)!r}"
-
-
-def rank_correlation(first: Real[np.ndarray, " units"], second: Real[np.ndarray, " units"]) -> float:
-    """Spearman's rank correlation, ties sharing their mean rank; NaN when either side never varies."""
-    ranks = [_ranks(np.asarray(values, dtype=float)) for values in (first, second)]
-    if any(rank.std() == 0 for rank in ranks):
-        return float("nan")
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _ranks(values: Float[np.ndarray, " units"]) -> Float[np.ndarray, " units"]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    after = counts.cumsum()
-    return (after - (counts - 1) / 2)[inverse]
 
 
 def _read(logits: Float[Tensor, "rows tokens vocab"], sample: Sample) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ so that a training run that was killed goes on with the same data, and train and
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class Problems:
         return len(self.targets)
 
 
+@runtime_checkable
 class Task(Protocol):
     """A generator of problems with a verifier, which later serves as a reward."""
 
@@ -54,7 +55,7 @@ class ExactTask(ABC):
     def verify(self, problems: Problems, answers: Int[Tensor, "problems *places"]) -> Bool[Tensor, " problems"]:
         """Whether each answer equals the target at every place that is asked."""
         same = (answers == problems.targets) | (problems.targets == IGNORED)
-        return same.flatten(1).all(1)
+        return same.reshape(len(same), -1).all(1)
 
 
 def generator(seed: int, domain: str, number: int) -> np.random.Generator:
