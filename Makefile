@@ -9,6 +9,8 @@ MADE_WITH_TORCH := $(shell cat $(VENV)/.torch 2>/dev/null)
 PYTHON ?= $(or $(MADE_WITH_PYTHON),python3)
 TORCH ?= $(MADE_WITH_TORCH)
 JOBS ?= 2
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+export CHROMIUM
 
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
@@ -27,7 +29,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench docs clean other-choice
+.PHONY: help demo test test-all test-browser lint bench docs clean other-choice
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -46,8 +48,13 @@ test-all: $(DEV) ## the same with the slow tests and a wider search for countere
 	@failed=; \
 	{ $(LINT); } || failed="$$failed lint"; \
 	$(COMPILES) -m compiles || failed="$$failed compiling-tests"; \
-	$(PYTEST) -q $(SPREAD) -m 'not compiles' --hypothesis-profile=search || failed="$$failed tests"; \
+	$(PYTEST) -q $(SPREAD) -m 'not compiles and not browser' --hypothesis-profile=search || failed="$$failed tests"; \
 	if [ "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
+test-browser: $(DEV) ## drive the studio in a real Chromium (CHROMIUM=path; without one, it is fetched)
+	@$(INSTALL) --extras=dev,train,study,serve,finetune,eval,tensorboard,browser
+	@command -v '$(CHROMIUM)' >/dev/null || $(PY) -m playwright install --with-deps chromium
+	@$(PYTEST) -q -m browser tests/browser
 
 lint: $(DEV) ## format, style and types
 	@$(LINT)

@@ -57,6 +57,10 @@ def state_paths(trace: LoopTrace) -> dict[str, Any]:
 
 def _short(values: np.ndarray) -> Any:
     """Nested lists of four significant digits; NaN becomes None."""
-    if values.ndim == 0:
-        return None if np.isnan(values) else float(f"{values:.4g}")
-    return [_short(part) for part in values]
+    return _plain(values.tolist())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return None if value != value else float(f"{value:.4g}")

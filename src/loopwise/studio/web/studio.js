@@ -27,7 +27,7 @@ function bag(values) {
 // One answer: its strip, its threshold, what is chosen in it.
 class Side {
   constructor(box) {
-    this.box = box; this.trace = null; this.selected = -1; this.at = null; this.loops = [];
+    this.box = box; this.turn = 0; this.trace = null; this.selected = -1; this.at = null; this.loops = [];
     box.replaceChildren();
     this.dials = make("div", "dials", null, box);
     this.title = make("h2", "", "Type a prompt, or open a trace", box);
@@ -47,7 +47,7 @@ class Side {
     this.reset.onclick = () => this.set(this.trace.curve?.home ?? null, true);
     box.addEventListener("pointerdown", () => lead(this));
   }
-  begin(title) { this.trace = null; this.title.textContent = title; this.threshold.hidden = true; this.readout.replaceChildren(); this.model.set("selected", -1);
+  begin(title) { this.turn++; this.trace = null; this.title.textContent = title; this.threshold.hidden = true; this.readout.replaceChildren(); this.model.set("selected", -1);
     for (const [name, value] of [["texts", []], ["loops", []], ["faint", []], ["labels", null]]) this.model.set(name, value); this.legend.replaceChildren(); }
   grow(texts, loops, max, faint) { this.model.set("max", max); this.model.set("loops", loops); this.model.set("faint", faint); this.model.set("texts", texts); this.count(loops, max); }
   show(trace) {
@@ -179,7 +179,7 @@ async function write(side, name, prompt, kept, signal) {
   if (!told) throw new Error("the answer broke off; look at the terminal that runs the studio");
   return key;
 }
-async function open(side, key) { side.show(await (await ask(`/api/traces/${key}`)).json()); main = side; if (side.selected < 0) { const most = side.trace.loops.indexOf(Math.max(...side.trace.loops)); if (most >= 0) side.choose(most); } redraw(); await traces(); }
+async function open(side, key) { const turn = ++side.turn, trace = await (await ask(`/api/traces/${key}`)).json(); if (turn !== side.turn) return; side.show(trace); main = side; if (side.selected < 0) { const most = side.trace.loops.indexOf(Math.max(...side.trace.loops)); if (most >= 0) side.choose(most); } redraw(); await traces(); }
 async function traces() { library = await (await ask("/api/library")).json(); const select = $("traces"); select.replaceChildren(); make("option", "", "a trace…", select).value = ""; for (const one of library.traces) make("option", "", `${one.key}. ${one.title}`, select).value = one.key; $("opened").hidden = !library.traces.length; }
 const busy = yes => { for (const id of ["go", "read"]) $(id).disabled = yes; $("stop").hidden = !yes; };
 
