@@ -134,7 +134,7 @@ class DeepThinking(LoopModel):
 
         Args:
             inputs: one vector of C numbers per place, (N, C, places...).
-            asked: (N, places...), True where an answer is asked, such as `problems.targets != IGNORED`; None: everywhere.
+            asked: (N, places...), True where an answer is asked, as in `targets != IGNORED`; None: everywhere.
 
         Raises:
             InputError: for another number of axes or channels, or a mask of another shape.
