@@ -31,7 +31,7 @@ def run(memory: PagedMemory, cache: PrefixCache, tokens: list[int], *, identity:
     pages = memory.open()
     cache.find(pages, identity, tokens[:-1], PLANES)
     for plane in PLANES:
-        for index in memory.missing(pages, plane, len(tokens) - 1):
+        for index in memory.missing(pages, plane, 0, len(tokens) - 1):
             memory.place(pages, plane, index, memory.pool(plane).take())
     cache.publish(pages, identity, tokens, PLANES)
     return pages

@@ -4,12 +4,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loopwise.models.config import LoopedLMConfig
 from loopwise.models.looped_lm import LoopedLM, initialise
@@ -27,7 +30,12 @@ from loopwise.nn.kernels import cpu as cpu_module
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 needs_kernels = pytest.mark.skipif(load_cpu_kernels() is None, reason=f"no CPU kernels: {why_no_cpu_kernels()}")
 attentions = pytest.mark.parametrize(
-    "attention", [pytest.param(paged_attention, marks=needs_kernels), gathered_attention]
+    "attention",
+    [
+        pytest.param(paged_attention, marks=needs_kernels, id="kernel"),
+        pytest.param(gathered_attention, id="gathered"),
+        pytest.param(partial(gathered_attention, most=2500), id="in slices"),
+    ],
 )
 
 
@@ -123,6 +131,39 @@ def test_what_stands_in_the_table_beyond_a_length_is_not_looked_at(attention) ->
     want = naive_attention(q, keys, values, table, rows, lengths, None)
     table[1, 4:], table[0, 6:] = -1, 2**30
     torch.testing.assert_close(attention(q, keys, values, table, rows, lengths), want, rtol=0, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in self.given:
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+    def __init__(self, given: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
+
+
+@pytest.mark.parametrize("rows", [[*range(64)], [0] * 64])
+def test_copies_of_many_long_rows_stay_within_bounds(rows) -> None:
+    drawn = case([200 + n for n in range(64)], rows, heads=4, kv_heads=2, width=16, dtype=torch.float64)
+    want = naive_attention(*drawn, None)
+    most = 20_000
+    with Largest(drawn) as seen:
+        out = gathered_attention(*drawn, most=most)
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-11)
+    assert seen.numbers <= most
+    with Largest(drawn) as seen:
+        gathered_attention(*drawn)
+    if rows[1]:
+        assert seen.numbers == 263 * 64 * 2 * 16
+    else:  # neighbours of one sequence copy its keys once; a score for each query and head is the most
+        assert seen.numbers <= 263 * 64 * 4
 
 
 @needs_kernels

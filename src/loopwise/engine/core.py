@@ -324,10 +324,9 @@ class Core:
     # Bookkeeping
 
     def _count(self, plan: Plan) -> None:
-        prompt = sum(chunk.rows for _, chunk in plan.chunks)
         self.counts.ticks += 1
-        self.counts.rows += len(plan.rows) + prompt
-        self.counts.prompt_rows += prompt
+        self.counts.rows += plan.total
+        self.counts.prompt_rows += plan.prompt_rows
         self.counts.draft_rows += plan.drafts
 
     def check_idle(self) -> None:

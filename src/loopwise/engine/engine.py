@@ -13,6 +13,7 @@ rounding, whatever else runs. `core.py` has the tick.
 
 import queue
 import threading
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -113,7 +114,8 @@ class Engine:
         self._core = Core(
             runner, scheduler, prefix, speculator, identity=self._identity, emit=self._deliver, done=self._close
         )
-        self._tickets: dict[int, Ticket] = {}
+        # Not kept alive by the engine: an answer that nobody can see any more ends (`Ticket.__del__`).
+        self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._inbox: queue.SimpleQueue[tuple[str, Request]] = queue.SimpleQueue()
         self._work = threading.Condition()
         self._ticking = threading.Lock()
@@ -155,7 +157,11 @@ class Engine:
 
     def abort(self, ticket: Ticket) -> None:
         """End a request now; its completion keeps what there is, and says "abort"."""
-        self._send("abort", ticket._request)
+        self.leave(ticket._request)
+
+    def leave(self, request: Request) -> None:
+        """End a request that nobody waits for any more."""
+        self._send("abort", request)
 
     def _open(self, request: Request) -> Ticket:
         self.raise_failure()
@@ -300,11 +306,14 @@ class Engine:
             self._work.notify()
 
     def _deliver(self, request: Request, emissions: list[Emission]) -> None:
-        if emissions:
-            self._tickets[request.number].deliver(emissions)
+        ticket = self._tickets.get(request.number)
+        if emissions and ticket is not None:
+            ticket.deliver(emissions)
 
     def _close(self, request: Request) -> None:
-        self._tickets.pop(request.number).close()
+        ticket = self._tickets.pop(request.number, None)
+        if ticket is not None:
+            ticket.close()
 
     # All at once
 

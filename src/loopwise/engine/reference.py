@@ -4,6 +4,7 @@ Every faster engine has to give its tokens, loops and log-probabilities. Exits a
 token that stops does not run its remaining loops.
 """
 
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -262,12 +263,12 @@ def encode_prompt(model: LoopedLM, prompt: str | Sequence[int]) -> tuple[int, ..
     Raises:
         InputError: empty, too long, text without a tokenizer, or ids outside the vocabulary.
     """
-    if not isinstance(prompt, str):
-        ids = tuple(prompt)
-    elif model.tokenizer is None:
-        raise InputError("the prompt is text, but this checkpoint has no tokenizer.json; give token ids")
-    else:
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise InputError("the prompt is text, but this checkpoint has no tokenizer.json; give token ids")
         ids = tuple(model.tokenizer.encode(prompt, add_special=True))
+    else:
+        ids = _whole_numbers(prompt)
     if not ids:
         raise InputError("the prompt is empty; give at least one token")
     wrong = [token for token in ids if not 0 <= token < model.config.vocab_size]
@@ -281,3 +282,20 @@ def encode_prompt(model: LoopedLM, prompt: str | Sequence[int]) -> tuple[int, ..
             "answer: shorten the prompt"
         )
     return ids
+
+
+def _whole_numbers(prompt: Sequence[int]) -> tuple[int, ...]:
+    try:
+        given = tuple(prompt)
+    except TypeError:
+        raise InputError(
+            f"{prompt!r} is no prompt: a prompt is a text or a list of token ids, and generate takes a list of "
+            "prompts, such as [[1, 2, 3]]"
+        ) from None
+    ids = []
+    for token in given:
+        try:
+            ids.append(operator.index(token))
+        except TypeError:
+            raise InputError(f"{token!r} is no token id; ids are whole numbers") from None
+    return tuple(ids)

@@ -186,7 +186,7 @@ def _count_survivors(
     reached = torch.searchsorted(sums, top_p * total) + 1
     reached = torch.where(top_p < 1.0, reached, vocab)[:, 0]
     likely = (ordered >= min_p * ordered[:, :1]).sum(-1)
-    return torch.minimum(torch.minimum(top_k, reached), likely).clamp(max=width)
+    return torch.minimum(torch.minimum(top_k, reached), likely).clamp(min=1, max=width)
 
 
 def candidates(logits: Float[Tensor, " vocab"], sampling: Sampling) -> Int[Tensor, " kept"]:

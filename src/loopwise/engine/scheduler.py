@@ -27,6 +27,14 @@ class Plan:
     def empty(self) -> bool:
         return not self.rows and not self.chunks
 
+    @property
+    def prompt_rows(self) -> int:
+        return sum(chunk.rows for _, chunk in self.chunks)
+
+    @property
+    def total(self) -> int:
+        return len(self.rows) + self.prompt_rows
+
     def drop(self, request: Request) -> None:
         """Take out a request that had to step aside after it was planned."""
         self.rows = [(mine, row) for mine, row in self.rows if mine is not request]
@@ -65,47 +73,69 @@ class Scheduler:
         self._identity = identity
         self._drop = drop
         self._turn = 0
+        self._refused: tuple[int, ...] = ()
+        """What was known when the first of those who wait did not fit."""
 
     # Coming and going
 
     def admit(self) -> None:
         """Let waiting requests in, oldest first, while there are seats and pages for their prompts."""
-        while self.waiting and len(self.running) < self._seats and self._has_room(self.waiting[0]):
-            request = self.waiting.popleft()
-            request.stage = Stage.RUNNING
-            request.pages = self.memory.open()
-            self.running.append(request)
-            self.running.sort(key=lambda one: one.number)
-            if request.snapshot is not None:
-                restore_pages(self.memory, request.pages, request.snapshot)
-                request.snapshot = None
-            elif self.prefix is not None:
-                request.identity = self._identity(request)
-                self._borrow(request, request.pages, self.prefix)
+        while self.waiting and len(self.running) < self._seats and self._let_in(self.waiting[0]):
+            self.waiting.popleft()
 
-    def _borrow(self, request: Request, pages: PageList, prefix: PrefixCache) -> None:
-        """Begin with the pages that another request has left of the same prompt."""
-        planes = self.memory.stores(request.max_loops, generated=False)
-        # The last token is computed in any case: its prediction is the answer's first token.
-        found = prefix.find(pages, request.identity, request.prompt[:-1], planes)
+    def _let_in(self, request: Request) -> bool:
+        """Let a request begin, or come back, if it fits beside those that run; the cache gives way."""
+        if self._room(request) == self._refused:
+            return False  # nothing has changed since it was looked at
+        pages = self.memory.open()
+        found = 0
+        if request.snapshot is None and self.prefix is not None:
+            # Before room is made: what it will share needs none, and held by it, the cache does not give it up.
+            request.identity = self._identity(request)
+            planes = self.memory.stores(request.max_loops, generated=False)
+            # The last token is computed in any case: its prediction is the answer's first token.
+            found = self.prefix.find(pages, request.identity, request.prompt[:-1], planes)
+        if not self._has_room(request, found):
+            self.memory.close(pages)
+            self._refused = self._room(request)
+            return False
+        if request.snapshot is not None:
+            restore_pages(self.memory, pages, request.snapshot)
+            request.snapshot = None
+        elif self.prefix is not None:
+            self.prefix.count(asked=len(request.prompt) - 1, found=found)
+            self._begin_after(request, pages, found)
+        request.stage, request.pages = Stage.RUNNING, pages
+        self.running.append(request)
+        self.running.sort(key=lambda one: one.number)
+        return True
+
+    def _room(self, request: Request) -> tuple[int, ...]:
+        """What decides whether a request fits."""
+        pools = [pool.free for pool in (self.memory.core, self.memory.boundary) if pool is not None]
+        return (request.number, len(self.running), *pools)
+
+    def _begin_after(self, request: Request, pages: PageList, found: int) -> None:
+        """Go on after the positions whose pages another request has left."""
+        request.cursor = found
         if found:
-            request.cursor = found
             for loop in range(0 if self.memory.boundary is not None else 1, request.max_loops + 1):
                 self.memory.write_at(pages, loop, 0, found - 1, generated=False)
 
-    def _has_room(self, request: Request) -> bool:
-        """Whether the request can begin, or come back, without driving out those that run; the cache gives way."""
+    def _has_room(self, request: Request, found: int) -> bool:
+        """Whether there are pages for a request whose first `found` positions it shares, without driving out others."""
+        size = self.memory.layout.page
         core = len(self.memory.policy.stored(request.max_loops, generated=False))
+        kept_core, kept_boundary, begun = 0, 0, found
         if request.snapshot is not None:
-            core_pages, boundary_pages = request.snapshot.counts
-        else:
-            boundary_pages = -(-len(request.prompt) // self.memory.layout.page)
-            core_pages = core * boundary_pages
+            kept_core, kept_boundary = request.snapshot.counts
+            begun = request.cursor
+        rest = max(0, -(-len(request.prompt) // size) - -(-begun // size))
         # Everyone who runs, and the newcomer, will soon want one page more; without that room they would only
         # take turns at stepping aside.
         growth = 1 + len(self.running) if self.running else 0
-        fits = self._free_up(1, core_pages + growth * core)
-        return fits and (self.memory.boundary is None or self._free_up(BOUNDARY, boundary_pages + growth))
+        fits = self._free_up(1, kept_core + (rest + growth) * core)
+        return fits and (self.memory.boundary is None or self._free_up(BOUNDARY, kept_boundary + rest + growth))
 
     def _free_up(self, plane: int, pages: int) -> bool:
         """Whether a pool has this many free pages, after the cache gave way if need be."""
@@ -154,16 +184,17 @@ class Scheduler:
         """
         plan = Plan()
         turns = self._turns()
+        # What has begun goes on in lock-step, so it has its places before anything new is given any.
+        plan.chunks = [(request, request.chunk) for request in turns if request.chunk is not None]
         for request in turns:
             self._plan_rows(plan, request, ahead=0)
-        for request in turns:
-            self._plan_chunk(plan, request)
-        base = len(plan.rows) + sum(chunk.rows for _, chunk in plan.chunks)
+            self._begin_chunk(plan, request)
+        base = plan.total
         ahead = window(base)
         if ahead:
             for request in turns:
                 self._plan_rows(plan, request, ahead=ahead)
-            plan.drafts = len(plan.rows) + sum(chunk.rows for _, chunk in plan.chunks) - base
+            plan.drafts = plan.total - base
         return plan
 
     def _turns(self) -> list[Request]:
@@ -184,7 +215,7 @@ class Scheduler:
         for index, row in enumerate(list(request.flight[: frontier + 1 + ahead])):
             busy = id(row) in planned
             wanted = not self._rests(request, row) and not busy and (index > frontier) == bool(ahead)
-            if wanted and row.loop + 1 <= finished and len(plan.rows) + _chunk_rows(plan) < self._rows:
+            if wanted and row.loop + 1 <= finished and plan.total < self._rows:
                 if not self._give_pages(plan, request, row, patient=index > frontier):
                     return
                 plan.rows.append((request, row))
@@ -198,23 +229,19 @@ class Scheduler:
             return True
         return row.loop == request.max_loops
 
-    def _plan_chunk(self, plan: Plan, request: Request) -> None:
-        if request.stage is not Stage.RUNNING or request.prompt_done:
+    def _begin_chunk(self, plan: Plan, request: Request) -> None:
+        if request.stage is not Stage.RUNNING or request.prompt_done or request.chunk is not None:
             return
-        if request.chunk is None:
-            remaining = len(request.prompt) - request.cursor
-            size = {
-                "chunks": min(remaining, self._chunk - _chunk_rows(plan)),
-                "lockstep": remaining,
-                "per_position": 1,
-            }[self.memory.policy.prefill]
-            if size < 1:
-                return
-            chunk = Chunk(request.cursor, request.cursor + size - 1)
-            if not self._give_chunk_pages(plan, request, chunk):
-                return
+        remaining = len(request.prompt) - request.cursor
+        room = min(self._chunk - plan.prompt_rows, self._rows - plan.total)
+        size = {"chunks": min(remaining, room), "lockstep": remaining, "per_position": 1}[self.memory.policy.prefill]
+        # A prompt that may not be cut has to run even if it is longer than the budget: then no other runs beside it.
+        if size < 1 or (size > room and plan.chunks):
+            return
+        chunk = Chunk(request.cursor, request.cursor + size - 1)
+        if self._give_chunk_pages(plan, request, chunk):
             request.chunk = chunk
-        plan.chunks.append((request, request.chunk))
+            plan.chunks.append((request, chunk))
 
     # Pages
 
@@ -227,7 +254,8 @@ class Scheduler:
         for target in (*writes, loop):
             plane = target if target == BOUNDARY else memory.policy.store(target, memory.planes, generated=generated)
             if memory.lacks(request.pages, plane, row.position) and not take_pages(
-                memory, request.pages, plane, row.position, make_room=self._maker(plan, request, plane, patient=patient)
+                *(memory, request.pages, plane, row.position, row.position),
+                make_room=self._maker(plan, request, plane, patient=patient),
             ):
                 return False
             memory.write_at(request.pages, target, row.position, row.position, generated=generated)
@@ -237,7 +265,7 @@ class Scheduler:
         assert request.pages is not None
         for plane in self.memory.stores(request.max_loops, generated=False):
             room = self._maker(plan, request, plane, patient=False)
-            if not take_pages(self.memory, request.pages, plane, chunk.last, make_room=room):
+            if not take_pages(self.memory, request.pages, plane, chunk.first, chunk.last, make_room=room):
                 return False
         for loop in range(0 if self.memory.boundary is not None else 1, request.max_loops + 1):
             self.memory.write_at(request.pages, loop, chunk.first, chunk.last, generated=False)
@@ -253,8 +281,9 @@ class Scheduler:
                 return False
             if self.prefix is not None and self.prefix.shrink(plane, count):
                 return True
+            # Its own drafts too: they must not keep from it what its frontier needs.
             for other in reversed(self.running):
-                if other is not request and len(other.flight) > other.frontier + 1:
+                if len(other.flight) > other.frontier + 1:
                     self._drop(other, other.frontier + 1)
                     plan.rows = [(mine, row) for mine, row in plan.rows if mine is not other or row in other.flight]
                     if pool.free >= target:
@@ -268,7 +297,3 @@ class Scheduler:
             return pool.free >= target
 
         return make_room
-
-
-def _chunk_rows(plan: Plan) -> int:
-    return sum(chunk.rows for _, chunk in plan.chunks)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loopwise.errors import ConfigError
+from loopwise.errors import CheckpointError, ConfigError
 from loopwise.hub.tokenizer_files import read_json
 
 MOST = 7
@@ -55,7 +55,13 @@ def saved_speculation(folder: Path | None) -> str | None:
         CheckpointError: its generation_config.json cannot be read.
     """
     own = {} if folder is None else read_json(folder / "generation_config.json").get("loopwise", {})
-    return own.get("speculate") if isinstance(own, dict) else None
+    kept = own.get("speculate") if isinstance(own, dict) else None
+    if kept is not None and not isinstance(kept, str):
+        raise CheckpointError(
+            f'{folder}/generation_config.json: loopwise.speculate={kept!r}: allowed are texts such as "auto", "off", '
+            '"2" and "2:once"; `loopwise bench drafts MODEL --keep` writes the best'
+        )
+    return kept
 
 
 def parse_speculation(text: "str | Speculation | None") -> Speculation | None:

@@ -21,11 +21,18 @@ class Driven(Protocol):
 
     def tick(self) -> bool: ...
 
+    def leave(self, request: Request) -> None:
+        """End a request that nobody waits for any more."""
+        ...
+
     def raise_failure(self) -> None: ...
 
 
 class Ticket:
-    """One request, seen from outside. Iterate over it for its tokens as they become certain."""
+    """One request, seen from outside. Iterate over it for its tokens as they become certain.
+
+    Who breaks off may go on later; a request whose ticket nobody holds any more is ended.
+    """
 
     def __init__(self, engine: Driven, request: Request) -> None:
         self._engine = engine
@@ -78,6 +85,10 @@ class Ticket:
             self._first = time.perf_counter()
         for emission in emissions:
             self._queue.put(emission)
+
+    def __del__(self) -> None:
+        if not self.over:
+            self._engine.leave(self._request)
 
     def close(self) -> None:
         """Called by the engine when the request is over."""

@@ -126,10 +126,13 @@ class PagedMemory:
         planes = sorted({self.policy.store(loop, self.planes, generated=generated) for loop in range(1, loops + 1)})
         return [BOUNDARY, *planes] if self.boundary is not None else planes
 
-    def missing(self, pages: PageList, plane: int, last: int) -> list[int]:
-        """Indices of the pages that positions up to `last` still lack in this plane."""
-        have = pages.planes.get(plane, [])
-        return [index for index in range(last // self.layout.page + 1) if index >= len(have) or have[index] < 0]
+    def missing(self, pages: PageList, plane: int, first: int, last: int) -> list[int]:
+        """Indices of the pages that positions `first` to `last` still lack in this plane.
+
+        Earlier pages may be missing for good: of positions that all stopped before they reached this plane.
+        """
+        have, size = pages.planes.get(plane, []), self.layout.page
+        return [index for index in range(first // size, last // size + 1) if index >= len(have) or have[index] < 0]
 
     def lacks(self, pages: PageList, plane: int, position: int) -> bool:
         """Whether this one position has no page in this plane."""
@@ -218,8 +221,8 @@ class PagedMemory:
         table = torch.from_numpy(self._table).view(-1, capacity)
         if device.type != "cpu":
             # Only what this launch reads goes to the device.
-            table = torch.from_numpy(table.numpy()[rows, : int(lengths.max())]).to(device)
-            rows = np.arange(len(rows))
+            kept, rows = cut_table(table.numpy(), rows, int(lengths.max()))
+            table = torch.from_numpy(kept).to(device)
         self._launch = _Launch(
             slots=torch.from_numpy(slots.astype(np.int64)).to(device),
             table=table,
@@ -266,10 +269,18 @@ class _Launch:
     blend: Float[Tensor, " rows"] | None
 
 
+def cut_table(
+    table: Int[np.ndarray, "table_rows capacity"], rows: Int[np.ndarray, " rows"], length: int
+) -> tuple[Int[np.ndarray, "kept length"], Int[np.ndarray, " rows"]]:
+    """The part of a table that these rows read, each table row once, and where each of them finds its own."""
+    own, places = np.unique(rows, return_inverse=True)
+    return table[own, :length], places
+
+
 def take_pages(
-    memory: PagedMemory, pages: PageList, plane: int, last: int, *, make_room: Callable[[int], bool]
+    memory: PagedMemory, pages: PageList, plane: int, first: int, last: int, *, make_room: Callable[[int], bool]
 ) -> bool:
-    """Give a sequence the pages it lacks up to position `last` of a plane.
+    """Give a sequence the pages it lacks for positions `first` to `last` of a plane.
 
     Args:
         make_room: asked to free a number of pages of this plane's pool; False when it cannot.
@@ -277,7 +288,7 @@ def take_pages(
     Returns:
         whether it has them now; if not, nothing was taken.
     """
-    missing = memory.missing(pages, plane, last)
+    missing = memory.missing(pages, plane, first, last)
     pool = memory.pool(plane)
     if pool.free < len(missing) and not make_room(len(missing) - pool.free):
         return False

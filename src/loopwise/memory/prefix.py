@@ -52,7 +52,6 @@ class PrefixCache:
             planes: the planes that the request will read.
         """
         size = self._memory.layout.page
-        self.queries += len(tokens)
         self._clock += 1
         key, found = _root(identity), 0
         for index in range(len(tokens) // size):
@@ -67,8 +66,12 @@ class PrefixCache:
                 self._memory.pool(plane).share(page)
                 self._memory.place(pages, plane, index, page)
             found += size
-        self.hits += found
         return found
+
+    def count(self, *, asked: int, found: int) -> None:
+        """Note that a sequence began with `found` of `asked` tokens."""
+        self.queries += asked
+        self.hits += found
 
     def publish(self, pages: PageList, identity: Hashable, tokens: Sequence[int], planes: Sequence[int]) -> None:
         """Keep the whole pages of these settled positions; planes that an entry already has are not kept twice."""

@@ -4,7 +4,7 @@ Axes: N rows, H heads, G key-value heads, K head width, S slots of the pool, M r
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch import Tensor
 from loopwise.nn.kernels.cpu import load_cpu_kernels
 
 _Sizes = ctypes.c_int64 * 10
+
+COPIED = 2**25
+"""Numbers of keys that `gathered_attention` copies at a time; as many of values."""
 
 
 def paged_attention(
@@ -66,25 +69,64 @@ def gathered_attention(
     rows: Int[Tensor, " rows"],
     lengths: Int[Tensor, " rows"],
     scale: float | None = None,
+    most: int = COPIED,
 ) -> Float[Tensor, "rows heads head_width"]:
-    """The same as `paged_attention` in torch's operations: everything copied out of the pool, padded to the longest.
+    """The same as `paged_attention` in torch's operations: what is read is copied out of the pool first.
 
-    Any device, any dtype, with gradients.
+    Any device, any dtype, with gradients. Neighbours with the same table row share a copy, others are padded to the
+    longest of their slice; `most` bounds the numbers of a slice's keys (and, for neighbours, of its scores), so that
+    memory does not grow with rows times lengths. A single row may need more.
     """
-    columns = torch.arange(int(lengths.max()) if len(lengths) else 0, device=q.device)
-    read = columns < lengths[:, None]
-    # Beyond its length a table row may hold anything, and another's slot may hold what is not finite.
-    own = table[rows, :1] * (lengths[:, None] > 0)
-    slots = torch.where(read, table[rows, : len(columns)], own)
-    out = F.scaled_dot_product_attention(
-        q[:, :, None],
-        keys[slots].transpose(1, 2),
-        values[slots].transpose(1, 2),
-        attn_mask=read[:, None, None],
-        scale=scale,
-        enable_gqa=q.shape[1] != keys.shape[1],
-    )
-    return torch.where(lengths[:, None, None] > 0, out[:, :, 0], 0)
+    if not len(q):
+        return torch.zeros_like(q)
+    size = keys.shape[1] * keys.shape[2]
+    out = []
+    for first, last, longest, together in _slices(rows.tolist(), lengths.tolist(), size, q.shape[1], most):
+        part = slice(first, last)
+        read = torch.arange(longest, device=q.device) < lengths[part, None]
+        if together:
+            # Every slot up to the longest is one that a row reads, so all of it is finite.
+            slots = table[rows[first], :longest][None]
+            queries, mask = q[part].transpose(0, 1)[None], read[None, None]
+        else:
+            # Beyond its length a table row may hold anything, and another's slot may hold what is not finite.
+            slots = torch.where(read, table[rows[part], :longest], table[rows[part], :1] * (lengths[part, None] > 0))
+            queries, mask = q[part, :, None], read[:, None, None]
+        found = F.scaled_dot_product_attention(
+            queries,
+            keys[slots].transpose(1, 2),
+            values[slots].transpose(1, 2),
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != keys.shape[1],
+        )
+        found = found[0].transpose(0, 1) if together else found[:, :, 0]
+        out.append(torch.where(lengths[part, None, None] > 0, found, 0))
+    return torch.cat(out)
+
+
+def _slices(
+    rows: Sequence[int], lengths: Sequence[int], size: int, heads: int, most: int
+) -> Iterator[tuple[int, int, int, bool]]:
+    """First row, the row after the last, the longest length, and whether all read the same table row."""
+    first = 0
+    while first < len(rows):
+        same = first + 1
+        while same < len(rows) and rows[same] == rows[first]:
+            same += 1
+        together = same - first > 1
+        last, longest = first + 1, lengths[first]
+        while last < (same if together else len(rows)):
+            if not together and last + 1 < len(rows) and rows[last] == rows[last + 1]:
+                break  # neighbours begin here
+            longer = max(longest, lengths[last])
+            # Neighbours copy their keys once, and have a score for each query.
+            numbers = longer * max(size, (last + 1 - first) * heads) if together else longer * size * (last + 1 - first)
+            if numbers > most:
+                break
+            last, longest = last + 1, longer
+        yield first, last, longest, together
+        first = last
 
 
 def _attend(
