@@ -29,8 +29,6 @@ def figure(*, x: str, y: str, title: str = "", width: int = 760, height: int = 4
         font={"family": "Helvetica, Arial, sans-serif", "size": 13},
         margin={"l": 70, "r": 20, "t": 50 if title else 20, "b": 60},
         legend={"bgcolor": "rgba(255,255,255,0.7)"},
-        barmode="group",
-        scattermode="group",
     )
     made.update_xaxes(title=x)
     made.update_yaxes(title=y)
@@ -71,6 +69,7 @@ def add_line(
 
 def add_bars(made: Any, groups: Mapping[str, Sequence[float]], *, name: str, index: int) -> None:
     """One bar for each group with its values' mean, and every seed as a dot."""
+    made.update_layout(barmode="group", scattermode="group")
     means: list[Interval] = [t_interval(values) for values in groups.values()]
     made.add_bar(
         x=list(groups),

@@ -16,6 +16,7 @@ from loopwise.loops.drivers import unroll
 from loopwise.models.accounting import count_flops
 from loopwise.models.config import LoopedLMConfig
 from loopwise.models.looped_lm import LoopedLM
+from loopwise.nn.attention import Memory
 from loopwise.nn.noise import integer
 from loopwise.objectives.base import LoopPlan, Objective, ObjectiveInputs
 from loopwise.objectives.loss import ObjectiveLoss, objective_loss
@@ -67,6 +68,7 @@ def micro_batch_loss(
     start: Float[Tensor, "batch tokens width"] | None = None,
     recompute: bool = False,
     share: float = 1.0,
+    memory: Memory | None = None,
 ) -> MicroBatchResult:
     """The objective's loss of one micro-batch, ready for `backward`.
 
@@ -76,6 +78,7 @@ def micro_batch_loss(
         start: the start state of random-start models.
         recompute: recompute each loop in the backward pass.
         share: this micro-batch's part of the step, see `plan_step`.
+        memory: what may read what, in place of the batch's documents.
 
     Raises:
         ConfigError: the objective needs an exit gate and the model has none.
@@ -87,7 +90,7 @@ def micro_batch_loss(
             states.append(state)
 
     with torch.no_grad() if objective.trains == "gate" else nullcontext():
-        context = model.encode(batch.tokens, documents=batch.documents)
+        context = model.encode(batch.tokens, documents=batch.documents if memory is None else None, memory=memory)
         unroll(model, context, loops=plan.loops, start=start, backprop=plan.backprop, checkpoint=recompute, visit=keep)
         hidden = [model.read(state, context) for state in states[-len(plan.loops_read) :]]
     inputs = ObjectiveInputs(

@@ -1,0 +1,147 @@
+"""Graph reachability: which nodes of a directed graph reach a goal, a question whose depth is a distance.
+
+A graph is a set of edges, and so is a row: reading is the same in any order, and every token may look at every other
+one (`train.tasks.whole_sequence`). A chase along the edges needs as many loops as the distance to the goal; pointer
+doubling, in which every edge replaces its end by the end of its end, needs log2 of it. One looped layer can do either
+(Ouro, arXiv 2510.25741, section 6, for the log2 claim; Sanford et al. 2402.09268 for doubling in transformers).
+
+Each node has one edge out: along one of two chains of D edges, whose last node has an edge to itself, or, for the nodes
+in neither chain, an edge to themselves. The goal is the last node of one chain. So the D + 1 nodes of its chain reach
+it, at distances 0..D, and the equally long other chain shows the same picture but never arrives. Token ids, with
+nodes a and b of N:
+
+    a*N + b    `edges`: the edge from a to b in one token
+    a          `pairs`: the first token of the edge from a
+    N + b      `pairs`: its second token, the edge's end
+    goal+0 ..  "which reach node t", the last token; goal is N*N for `edges` and 2*N for `pairs`
+
+The class asked at each edge's (last) token is 1 if the edge's start reaches the goal and 0 if not. The difficulty is D,
+the largest distance in the graph: the diameter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from loopwise.errors import ConfigError, InputError
+from loopwise.tasks.problems import IGNORED, ExactTask, Problems, generator
+
+UNREACHED = -1
+"""The distance of a node that never arrives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReachabilityConfig:
+    """The size and shape of the task."""
+
+    nodes: int = 18
+    """N, nodes of every graph."""
+    longest: int = 8
+    """Largest D; two chains of D + 1 nodes must fit into N."""
+    shortest: int = 1
+    """Smallest D; each number from here to `longest` is equally likely."""
+    layout: str = "edges"
+    """How an edge is written: one token, or two."""
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("edges", "pairs"):
+            raise ConfigError(f"layout={self.layout!r} is unknown; give edges or pairs")
+        if not 1 <= self.shortest <= self.longest:
+            raise ConfigError(
+                f"shortest={self.shortest} with longest={self.longest}; give shortest from 1 to {max(1, self.longest)}"
+            )
+        if 2 * (self.longest + 1) > self.nodes:
+            raise ConfigError(
+                f"two chains of {self.longest} edges need {2 * (self.longest + 1)} nodes and there are {self.nodes}; "
+                "give more nodes or a smaller longest"
+            )
+
+
+class Reachability(ExactTask):
+    """The task: its tokens, its problems, and the truth about them."""
+
+    def __init__(self, config: ReachabilityConfig) -> None:
+        self.config = config
+        self.first_goal = config.nodes**2 if config.layout == "edges" else 2 * config.nodes
+        self.vocab_size = self.first_goal + config.nodes
+        self.edge_tokens = 1 if config.layout == "edges" else 2
+        self.length = config.nodes * self.edge_tokens + 1
+        """Tokens of a row."""
+
+    def draw(self, seed: int, numbers: Int[Tensor, " problems"]) -> Problems:
+        nodes, config = self.config.nodes, self.config
+        rows = np.empty((len(numbers), self.length), dtype=np.int64)
+        targets = np.full_like(rows, IGNORED)
+        depths = np.empty(len(numbers), dtype=np.int64)
+        for row, number in enumerate(numbers.tolist()):
+            random = generator(seed, "reachability", number)
+            depth = int(random.integers(config.shortest, config.longest + 1))
+            labels = random.permutation(nodes)
+            chain, other = labels[: depth + 1], labels[depth + 1 : 2 * depth + 2]
+            successor = np.arange(nodes)
+            for path in (chain, other):
+                successor[path[:-1]] = path[1:]
+            starts = random.permutation(nodes)
+            rows[row, :-1] = self._edges(starts, successor[starts])
+            rows[row, -1] = self.first_goal + chain[-1]
+            targets[row, self.edge_tokens - 1 : -1 : self.edge_tokens] = np.isin(starts, chain)
+            depths[row] = depth
+        return Problems(
+            inputs=torch.from_numpy(rows), targets=torch.from_numpy(targets), difficulty=torch.from_numpy(depths)
+        )
+
+    def _edges(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        if self.config.layout == "edges":
+            return np.asarray(starts * self.config.nodes + ends)
+        return np.stack((starts, self.config.nodes + ends), axis=1).reshape(-1)
+
+    def distances(self, inputs: Int[Tensor, "problems places"]) -> Int[Tensor, "problems places"]:
+        """Edges from each edge's start to the goal, at the places that are asked: `UNREACHED` if it never arrives,
+        `IGNORED` at other places. Found by walking along the edges of the row.
+
+        Raises:
+            InputError: a row is not such a graph.
+        """
+        found = torch.full_like(inputs, IGNORED)
+        for row, tokens in enumerate(inputs.tolist()):
+            starts, successor, goal = self.read(tokens)
+            for edge, node in enumerate(starts):
+                steps = 0
+                while node != goal and steps <= self.config.nodes:
+                    node = successor[node]
+                    steps += 1
+                place = (edge + 1) * self.edge_tokens - 1
+                found[row, place] = steps if node == goal else UNREACHED
+        return found
+
+    def read(self, tokens: Sequence[int]) -> tuple[list[int], dict[int, int], int]:
+        """The starts of a row's edges in their order, every node's successor, and the goal.
+
+        Raises:
+            InputError: the row is not such a graph.
+        """
+        nodes = self.config.nodes
+        edges, goal = tokens[:-1], tokens[-1] - self.first_goal if tokens else -1
+        if self.config.layout == "edges":
+            pairs = [divmod(token, nodes) for token in edges]
+        else:
+            pairs = [(start, end - nodes) for start, end in zip(edges[::2], edges[1::2], strict=False)]
+        successor = dict(pairs)
+        whole = set(range(nodes))
+        if len(tokens) != self.length or set(successor) != whole or not whole.issuperset(successor.values()):
+            raise InputError(
+                f"these {len(tokens)} tokens are not one edge from each of {nodes} nodes and a goal; "
+                "make a row with Reachability.draw"
+            )
+        if goal not in whole:
+            raise InputError(f"the last token names no goal; goals are {self.first_goal} to {self.vocab_size - 1}")
+        return [start for start, _ in pairs], successor, goal
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """A row for people: `4→7 0→0 … which reach 7?`. Raises as `read` does."""
+        starts, successor, goal = self.read(tokens)
+        return " ".join([f"{start}→{successor[start]}" for start in starts] + [f"which reach {goal}?"])

@@ -1,0 +1,92 @@
+"""Reachability against a matrix closure, from the text a person sees."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loopwise.errors import ConfigError, InputError
+from loopwise.tasks.problems import IGNORED, numbers
+from loopwise.tasks.reachability import UNREACHED, Reachability, ReachabilityConfig
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> Reachability:
+    longest = draw(st.integers(1, 6))
+    return Reachability(
+        ReachabilityConfig(
+            longest=longest,
+            shortest=draw(st.integers(1, longest)),
+            nodes=draw(st.integers(2 * longest + 2, 16)),
+            layout=draw(st.sampled_from(["edges", "pairs"])),
+        )
+    )
+
+
+@given(task=tasks(), seed=st.integers(0, 2**40), number=st.integers(0, 2**40))
+def test_answers_are_those_of_the_closure(task: Reachability, seed: int, number: int) -> None:
+    nodes, problems = task.config.nodes, task.draw(seed, torch.tensor([number]))
+    tokens, targets = problems.inputs[0].tolist(), problems.targets[0]
+    assert len(tokens) == task.length
+    assert max(tokens) < task.vocab_size
+    *edges, _, _, goal = task.text(tokens).split()
+    step = np.zeros((nodes, nodes), dtype=bool)
+    starts = []
+    for edge in edges:
+        start, end = map(int, edge.split("→"))
+        step[start, end] = True
+        starts.append(start)
+    # Floyd and Warshall's closure, with distances: the walk of k edges ends at the goal for the first time.
+    distance, walk = np.full(nodes, UNREACHED), np.eye(nodes, dtype=bool)
+    for length in range(nodes):
+        arrived = walk[:, int(goal.strip("?"))] & (distance == UNREACHED)
+        distance[arrived] = length
+        walk = walk.astype(int) @ step > 0
+    asked = targets != IGNORED
+    assert targets[asked].tolist() == [int(distance[start] != UNREACHED) for start in starts]
+    found = task.distances(problems.inputs)[0]
+    assert found[asked].tolist() == distance[starts].tolist()
+    assert bool((found[~asked] == IGNORED).all())
+    depth = int(problems.difficulty)
+    assert task.config.shortest <= depth <= task.config.longest
+    assert sorted(distance[distance >= 0]) == list(range(depth + 1))
+    # The other chain is as long: its nodes but the last move on, and none of them arrives.
+    assert sum(not step[node, node] and distance[node] == UNREACHED for node in range(nodes)) == depth
+
+
+def test_every_depth_comes_up_and_a_problem_depends_on_its_number_alone() -> None:
+    task = Reachability(ReachabilityConfig(nodes=12, longest=4))
+    whole = task.draw(0, numbers(0, 200))
+    assert set(whole.difficulty.tolist()) == {1, 2, 3, 4}
+    part = task.draw(0, torch.tensor([7, 2]))
+    assert torch.equal(part.inputs, whole.inputs[[7, 2]])
+    assert task.verify(whole, whole.targets).all()
+    flipped = torch.where(whole.targets == IGNORED, IGNORED, 1 - whole.targets)
+    assert not task.verify(whole, flipped).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nodes": 17}, "two chains of 8 edges need 18 nodes and there are 17"),
+        ({"shortest": 9}, "give shortest from 1 to 8"),
+        ({"shortest": 0}, "give shortest from 1 to 8"),
+        ({"layout": "matrix"}, "give edges or pairs"),
+    ],
+)
+def test_graphs_that_cannot_be_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ReachabilityConfig(**settings)
+
+
+def test_rows_that_are_no_graph_are_refused() -> None:
+    task = Reachability(ReachabilityConfig(nodes=4, longest=1))
+    row = task.draw(0, numbers(0, 1)).inputs[0].tolist()
+    for broken in ([], row[:-1], [row[0], *row[:-2], row[-1]], [999, *row[1:]]):
+        with pytest.raises(InputError, match="not one edge from each of 4 nodes"):
+            task.read(broken)
+    with pytest.raises(InputError, match="goals are 16 to 19"):
+        task.read([*row[:-1], 0])
