@@ -87,7 +87,8 @@ def test_answers_in_parts_are_those_of_the_model():
     model = model_for(MANO, gate=True)
     problems = Mano(ManoConfig(modulus=3, operations=1, asked="parts")).draw(0, numbers(0, 7))
     found = answer(model, problems, loops=2, rows=3)
-    out = model(problems.inputs, loops=2, collect=("logits", "signals"))
+    with torch.no_grad():
+        out = model(problems.inputs, loops=2, collect=("logits", "signals"))
     assert torch.equal(found.answers, out.loop_logits.argmax(-1))
     assert torch.allclose(found.hazards, out.loop_signals)
     for loop in range(2):
