@@ -115,8 +115,8 @@ def report(results: Results) -> Page:
         "progressive loss, 82.7% with recall alone, 0% without recall; on 13x13 99.9% with recall and 86% without.",
         tables=[table, later],
         notes="Our pictures have one pixel a square, theirs two, so that our layers see twice as far into a maze; "
-        "width, batch and steps are a small part of theirs (128, 50, 50,000). Both variants have the progressive term. The "
-        "dashed line marks the loops of training; bands run from the least to the most seed.",
+        "width, batch and steps are a small part of theirs (128, 50, 50,000). Both variants have the progressive term. "
+        "The dashed line marks the loops of training; bands run from the least to the most seed.",
         summary={
             "recall_trained": learned.mean,
             "recall_larger": [far.mean, far.low, far.high],
