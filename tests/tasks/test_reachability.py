@@ -22,6 +22,7 @@ def tasks(draw: st.DrawFn) -> Reachability:
             shortest=draw(st.integers(1, longest)),
             nodes=draw(st.integers(2 * longest + 2, 16)),
             layout=draw(st.sampled_from(["edges", "pairs"])),
+            asked=draw(st.sampled_from(["goal", "end"])),
         )
     )
 
@@ -32,29 +33,38 @@ def test_answers_are_those_of_the_closure(task: Reachability, seed: int, number:
     tokens, targets = problems.inputs[0].tolist(), problems.targets[0]
     assert len(tokens) == task.length
     assert max(tokens) < task.vocab_size
-    *edges, _, _, goal = task.text(tokens).split()
+    words = task.text(tokens).split()
+    edges, question = words[:nodes], words[nodes:]
     step = np.zeros((nodes, nodes), dtype=bool)
     starts = []
     for edge in edges:
         start, end = map(int, edge.split("→"))
         step[start, end] = True
         starts.append(start)
-    # Floyd and Warshall's closure, with distances: the walk of k edges ends at the goal for the first time.
-    distance, walk = np.full(nodes, UNREACHED), np.eye(nodes, dtype=bool)
+    # Warshall's closure, and distances by powers of the matrix: a walk of k edges is there for the first time.
+    distances, walk = np.full((nodes, nodes), UNREACHED), np.eye(nodes, dtype=bool)
     for length in range(nodes):
-        arrived = walk[:, int(goal.strip("?"))] & (distance == UNREACHED)
-        distance[arrived] = length
+        distances[walk & (distances == UNREACHED)] = length
         walk = walk.astype(int) @ step > 0
     asked = targets != IGNORED
-    assert targets[asked].tolist() == [int(distance[start] != UNREACHED) for start in starts]
-    found = task.distances(problems.inputs)[0]
-    assert found[asked].tolist() == distance[starts].tolist()
-    assert bool((found[~asked] == IGNORED).all())
     depth = int(problems.difficulty)
     assert task.config.shortest <= depth <= task.config.longest
-    assert sorted(distance[distance >= 0]) == list(range(depth + 1))
-    # The other chain is as long: its nodes but the last move on, and none of them arrives.
-    assert sum(not step[node, node] and distance[node] == UNREACHED for node in range(nodes)) == depth
+    found = task.distances(problems.inputs)[0]
+    assert bool((found[~asked] == IGNORED).all())
+    sinks = [node for node in range(nodes) if step[node, node]]
+    ends = [next(sink for sink in sinks if distances[start, sink] != UNREACHED) for start in starts]
+    to_end = [int(distances[start, end]) for start, end in zip(starts, ends, strict=True)]
+    # Two chains of one length, the rest alone.
+    assert sorted(to_end) == sorted([*range(depth + 1)] * 2 + [0] * (nodes - 2 * depth - 2))
+    if task.config.asked == "end":
+        assert question == ["where", "do", "they", "end?"]
+        assert targets[asked].tolist() == ends
+        assert found[asked].tolist() == to_end
+        return
+    goal = int(question[2].strip("?"))
+    assert targets[asked].tolist() == [int(distances[start, goal] != UNREACHED) for start in starts]
+    assert found[asked].tolist() == distances[starts, goal].tolist()
+    assert sorted(distance for distance in found[asked].tolist() if distance != UNREACHED) == list(range(depth + 1))
 
 
 def test_every_depth_comes_up_and_a_problem_depends_on_its_number_alone() -> None:
@@ -75,6 +85,7 @@ def test_every_depth_comes_up_and_a_problem_depends_on_its_number_alone() -> Non
         ({"shortest": 9}, "give shortest from 1 to 8"),
         ({"shortest": 0}, "give shortest from 1 to 8"),
         ({"layout": "matrix"}, "give edges or pairs"),
+        ({"asked": "start"}, "give goal or end"),
     ],
 )
 def test_graphs_that_cannot_be_are_refused(settings: dict[str, int], message: str) -> None:
@@ -83,10 +94,13 @@ def test_graphs_that_cannot_be_are_refused(settings: dict[str, int], message: st
 
 
 def test_rows_that_are_no_graph_are_refused() -> None:
-    task = Reachability(ReachabilityConfig(nodes=4, longest=1))
+    task = Reachability(ReachabilityConfig(nodes=4, longest=1, layout="edges"))
     row = task.draw(0, numbers(0, 1)).inputs[0].tolist()
     for broken in ([], row[:-1], [row[0], *row[:-2], row[-1]], [999, *row[1:]]):
         with pytest.raises(InputError, match="not one edge from each of 4 nodes"):
             task.read(broken)
-    with pytest.raises(InputError, match="goals are 16 to 19"):
+    with pytest.raises(InputError, match="give one of 20 to 24"):
         task.read([*row[:-1], 0])
+    # 0 to 1 to 2 to 0, and 3 to itself.
+    with pytest.raises(InputError, match="round in a circle"):
+        task.read([4 + 1, 8 + 2, 12 + 0, 16 + 3, 20])

@@ -10,13 +10,15 @@ in neither chain, an edge to themselves. The goal is the last node of one chain.
 it, at distances 0..D, and the equally long other chain shows the same picture but never arrives. Token ids, with
 nodes a and b of N:
 
-    a*N + b    `edges`: the edge from a to b in one token
-    a          `pairs`: the first token of the edge from a
-    N + b      `pairs`: its second token, the edge's end
-    goal+0 ..  "which reach node t", the last token; goal is N*N for `edges` and 2*N for `pairs`
+    a              `pairs`: the first token of the edge from a
+    N + b          `pairs`: its second token, the edge's end
+    N + a*N + b    `edges`: the edge from a to b in one token
+    goal + t       "which reach node t", the last token; goal is 2*N for `pairs` and N + N*N for `edges`
+    goal + N       "where do they end", in its place
 
-The class asked at each edge's (last) token is 1 if the edge's start reaches the goal and 0 if not. The difficulty is D,
-the largest distance in the graph: the diameter.
+What is asked at each edge's (last) token is whether its start reaches the goal, 1 or 0; or, which says the same of
+every goal at once and teaches more, the node 0..N-1 at which the walk from its start ends. The difficulty is D, the
+largest distance in the graph: the diameter.
 """
 
 from collections.abc import Sequence
@@ -44,10 +46,15 @@ class ReachabilityConfig:
     """Largest D; two chains of D + 1 nodes must fit into N."""
     shortest: int = 1
     """Smallest D; each number from here to `longest` is equally likely."""
-    layout: str = "edges"
-    """How an edge is written: one token, or two."""
+    layout: str = "pairs"
+    """How an edge is written: `edges`, one token; or `pairs`, two of a smaller vocabulary, which a layer before the
+    loops must first bring together."""
+    asked: str = "goal"
+    """`goal`: whether each node reaches the goal. `end`: where each node's walk ends."""
 
     def __post_init__(self) -> None:
+        if self.asked not in ("goal", "end"):
+            raise ConfigError(f"asked={self.asked!r} is unknown; give goal or end")
         if self.layout not in ("edges", "pairs"):
             raise ConfigError(f"layout={self.layout!r} is unknown; give edges or pairs")
         if not 1 <= self.shortest <= self.longest:
@@ -66,8 +73,8 @@ class Reachability(ExactTask):
 
     def __init__(self, config: ReachabilityConfig) -> None:
         self.config = config
-        self.first_goal = config.nodes**2 if config.layout == "edges" else 2 * config.nodes
-        self.vocab_size = self.first_goal + config.nodes
+        self.first_goal = config.nodes * (1 + (config.nodes if config.layout == "edges" else 1))
+        self.vocab_size = self.first_goal + config.nodes + 1
         self.edge_tokens = 1 if config.layout == "edges" else 2
         self.length = config.nodes * self.edge_tokens + 1
         """Tokens of a row."""
@@ -87,8 +94,15 @@ class Reachability(ExactTask):
                 successor[path[:-1]] = path[1:]
             starts = random.permutation(nodes)
             rows[row, :-1] = self._edges(starts, successor[starts])
-            rows[row, -1] = self.first_goal + chain[-1]
-            targets[row, self.edge_tokens - 1 : -1 : self.edge_tokens] = np.isin(starts, chain)
+            if config.asked == "goal":
+                goal, answers = chain[-1], np.isin(starts, chain)
+            else:
+                ends = np.arange(nodes)
+                for path in (chain, other):
+                    ends[path] = path[-1]
+                goal, answers = nodes, ends[starts]
+            rows[row, -1] = self.first_goal + goal
+            targets[row, self.edge_tokens - 1 : -1 : self.edge_tokens] = answers
             depths[row] = depth
         return Problems(
             inputs=torch.from_numpy(rows), targets=torch.from_numpy(targets), difficulty=torch.from_numpy(depths)
@@ -96,12 +110,12 @@ class Reachability(ExactTask):
 
     def _edges(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         if self.config.layout == "edges":
-            return np.asarray(starts * self.config.nodes + ends)
+            return np.asarray(self.config.nodes * (1 + starts) + ends)
         return np.stack((starts, self.config.nodes + ends), axis=1).reshape(-1)
 
     def distances(self, inputs: Int[Tensor, "problems places"]) -> Int[Tensor, "problems places"]:
-        """Edges from each edge's start to the goal, at the places that are asked: `UNREACHED` if it never arrives,
-        `IGNORED` at other places. Found by walking along the edges of the row.
+        """Edges from each edge's start to the goal, or to the end of its walk where that is asked, at the places that
+        are asked: `UNREACHED` if it never arrives, `IGNORED` at other places. Found by walking along the row's edges.
 
         Raises:
             InputError: a row is not such a graph.
@@ -111,15 +125,15 @@ class Reachability(ExactTask):
             starts, successor, goal = self.read(tokens)
             for edge, node in enumerate(starts):
                 steps = 0
-                while node != goal and steps <= self.config.nodes:
+                while successor[node] != node and node != goal:
                     node = successor[node]
                     steps += 1
                 place = (edge + 1) * self.edge_tokens - 1
-                found[row, place] = steps if node == goal else UNREACHED
+                found[row, place] = steps if goal is None or node == goal else UNREACHED
         return found
 
-    def read(self, tokens: Sequence[int]) -> tuple[list[int], dict[int, int], int]:
-        """The starts of a row's edges in their order, every node's successor, and the goal.
+    def read(self, tokens: Sequence[int]) -> tuple[list[int], dict[int, int], int | None]:
+        """The starts of a row's edges in their order, every node's successor, and the goal; None where ends are asked.
 
         Raises:
             InputError: the row is not such a graph.
@@ -127,7 +141,7 @@ class Reachability(ExactTask):
         nodes = self.config.nodes
         edges, goal = tokens[:-1], tokens[-1] - self.first_goal if tokens else -1
         if self.config.layout == "edges":
-            pairs = [divmod(token, nodes) for token in edges]
+            pairs = [divmod(token - nodes, nodes) for token in edges]
         else:
             pairs = [(start, end - nodes) for start, end in zip(edges[::2], edges[1::2], strict=False)]
         successor = dict(pairs)
@@ -137,11 +151,31 @@ class Reachability(ExactTask):
                 f"these {len(tokens)} tokens are not one edge from each of {nodes} nodes and a goal; "
                 "make a row with Reachability.draw"
             )
-        if goal not in whole:
-            raise InputError(f"the last token names no goal; goals are {self.first_goal} to {self.vocab_size - 1}")
-        return [start for start, _ in pairs], successor, goal
+        if _has_cycle(successor):
+            raise InputError("the edges go round in a circle, so that some walks never end; only self-loops may")
+        if goal not in {*whole, nodes}:
+            raise InputError(f"the last token asks nothing; give one of {self.first_goal} to {self.vocab_size - 1}")
+        return [start for start, _ in pairs], successor, None if goal == nodes else goal
 
     def text(self, tokens: Sequence[int]) -> str:
         """A row for people: `4→7 0→0 … which reach 7?`. Raises as `read` does."""
         starts, successor, goal = self.read(tokens)
-        return " ".join([f"{start}→{successor[start]}" for start in starts] + [f"which reach {goal}?"])
+        question = "where do they end?" if goal is None else f"which reach {goal}?"
+        return " ".join([*(f"{start}→{successor[start]}" for start in starts), question])
+
+
+def _has_cycle(successor: dict[int, int]) -> bool:
+    """Whether a walk ever comes back to a node other than by an edge from it to itself."""
+    ended: set[int] = set()
+    for node in successor:
+        path = set()
+        while node not in ended and node not in path:
+            path.add(node)
+            if successor[node] == node:
+                break
+            node = successor[node]
+        else:
+            if node in path:
+                return True
+        ended |= path
+    return False
