@@ -10,7 +10,9 @@ One tick, which is a loop here:
 Axes: N rows (samples), D neurons, M past pre-activations, P pairs, S places that are looked at.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,8 @@ class CTM(LoopModel):
             loop_dependent=False,
             readout_mixes=False,
         )
+        # A function, not a bound method: a deep copy would go on running the original's weights.
+        self._compiled: Callable[[CTM, CTMState, CTMContext], CTMState] | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._build(config, np.random.Generator(np.random.Philox(seed)))
@@ -176,7 +180,18 @@ class CTM(LoopModel):
             action_weight=nothing,
         )
 
+    def compile_step(self) -> None:
+        """Compile a tick (`torch.compile`) for training; without gradients, where rows leave, it stays eager."""
+        # A code object of its own: torch.compile allows a few graphs per code object and then gives up without a word.
+        tick = CTM._tick
+        self._compiled = torch.compile(FunctionType(tick.__code__.replace(), tick.__globals__, tick.__name__))
+
     def step(self, state: CTMState, context: CTMContext, loop: int) -> CTMState:
+        if self._compiled is not None and torch.is_grad_enabled():
+            return self._compiled(self, state, context)
+        return self._tick(state, context)
+
+    def _tick(self, state: CTMState, context: CTMContext) -> CTMState:
         action_total = context.action_retention * state.action_total + products(state.activity, self.action_pairs)
         action_weight = context.action_retention * state.action_weight + 1.0
         asked = self._asked(state.activity, action_total, action_weight)

@@ -30,7 +30,9 @@ class NeuronLinear(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         if self.norm is not None:
             x = self.norm(x.transpose(1, 2)).transpose(1, 2)
-        return torch.baddbmm(self.bias[:, :, None], self.weight, x) / self.temperature
+        # The temperature divides the weights, which are fewer numbers than the answers.
+        weight, bias = self.weight / self.temperature, self.bias / self.temperature
+        return torch.baddbmm(bias[:, :, None], weight, x)
 
 
 class NeuronModels(nn.Module):
