@@ -15,7 +15,9 @@ SAMPLING = Sampling(max_tokens=5, temperature=0.8)
 
 
 def mean_loops(rule: str) -> float:
-    done = generate(tiny("ouro", seed=2), PROMPTS, Sampling(max_tokens=5, temperature=0.8, exit=rule))
+    done = generate(
+        tiny("ouro", seed=2), PROMPTS, Sampling(max_tokens=5, temperature=0.8, exit=rule), policy="last_exited"
+    )
     return sum(sum(answer.loops) for answer in done) / sum(len(answer.loops) for answer in done)
 
 

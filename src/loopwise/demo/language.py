@@ -51,8 +51,15 @@ def measure_language(model: LoopedLM, batches: list[Batch]) -> LanguageReport:
     return LanguageReport(depths=depths, rows=rows, middle=middle)
 
 
-def measure_writing(model: LoopedLM, batches: list[Batch], *, tokens: int = 128, rounds: int = 3) -> SpeedUp:
-    """Speed of writing with exits at the middle of the range beside full depth, after beginnings of held-out text."""
-    prompts = [batches[0].tokens[row, :32].tolist() for row in range(2)]
+def measure_writing(
+    model: LoopedLM, batches: list[Batch], *, answers: int = 16, tokens: int = 64, rounds: int = 3
+) -> SpeedUp:
+    """Speed of writing with exits at the middle of the range beside full depth, after beginnings of held-out text.
+
+    Args:
+        answers: how many are written together.
+    """
+    rows = [row for batch in batches for row in batch.tokens][:answers]
+    prompts = [row[:32].tolist() for row in rows]
     sampling = Sampling(max_tokens=tokens, temperature=0.8, ignore_eos=True)
     return measure_speed(model, prompts, sampling, mean_loops=(1 + model.config.loops) / 2, rounds=rounds)
