@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loopwise.errors import ConfigError, InputError
-from loopwise.tasks.mazes import MOVES, WAIT, Mazes, MazesConfig, text
+from loopwise.tasks.mazes import MOVES, WAIT, Mazes, MazesConfig, detours, text
 from loopwise.tasks.problems import IGNORED, Problems, numbers
 
 
@@ -152,6 +152,21 @@ def test_a_maze_depends_on_seed_and_number_alone():
     assert torch.equal(some.inputs, whole.inputs[[4, 1]])
     assert torch.equal(some.targets, whole.targets[[4, 1]])
     assert not torch.equal(task.draw(8, numbers(0, 6)).inputs, whole.inputs)
+
+
+def test_the_deepest_dead_end_by_walking():
+    problems = Mazes(MazesConfig(size=9)).draw(4, numbers(0, 12))
+    found = detours(problems.inputs, problems.targets == 1)
+    for picture, targets, depth in zip(problems.inputs, problems.targets, found.tolist(), strict=True):
+        free = {tuple(square) for square in (picture.amax(0) > 0).nonzero().tolist()}
+        edge, seen = {tuple(square) for square in (targets == 1).nonzero().tolist()}, set()
+        moves = -1
+        while edge:
+            seen |= edge
+            edge = {(r + dr, c + dc) for r, c in edge for dr, dc in MOVES[:4]} & free - seen
+            moves += 1
+        assert depth == moves
+    assert int(found.max()) > int(found.min())
 
 
 def test_a_maze_in_letters():

@@ -16,7 +16,8 @@ Two forms of answer:
     route   one move a place: 0 up, 1 down, 2 left, 3 right, and 4 wait once the goal is reached. Where the
             route is longer than the answer, its first moves are asked
 
-Difficulty is the length of the shortest route in moves. It is even, since rooms are two squares apart.
+Difficulty is the length of the shortest route in moves. It is even, since rooms are two squares apart. `detours` gives
+another measure: how deep the dead ends are.
 """
 
 from collections import deque
@@ -243,6 +244,27 @@ def count_routes(to_goal: Sequence[int], start: int, side: int) -> int:
                     onward[there] = onward.get(there, 0) + count
         ways = onward
     return sum(ways.values())
+
+
+def detours(
+    pictures: Float[Tensor, "mazes 3 side side"], routes: Bool[Tensor, "mazes side side"]
+) -> Int[Tensor, " mazes"]:
+    """How far the square farthest from the route lies, in moves: the deepest dead end that has to be ruled out."""
+    open_squares = pictures.amax(1) > 0.5
+    reached, farthest = routes & open_squares, torch.zeros(len(pictures), dtype=torch.long)
+    for moves in range(1, open_squares[0].numel()):
+        wider = reached.clone()
+        wider[:, 1:] |= reached[:, :-1]
+        wider[:, :-1] |= reached[:, 1:]
+        wider[:, :, 1:] |= reached[:, :, :-1]
+        wider[:, :, :-1] |= reached[:, :, 1:]
+        wider &= open_squares
+        grown = (wider != reached).flatten(1).any(1)
+        if not bool(grown.any()):
+            break
+        farthest[grown] = moves
+        reached = wider
+    return farthest
 
 
 def text(picture: Float[Tensor, "3 side side"], marks: Int[Tensor, "side side"] | None = None) -> str:
