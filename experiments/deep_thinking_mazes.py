@@ -73,6 +73,12 @@ def report(results: Results) -> Page:
         verdict = f"In the paper's direction, not beyond the seeds' spread: {shown}."
     else:
         verdict = f"Not reproduced at this size: {shown}."
+    plain = results.interval(WITHOUT, f"accuracy_{trained}")
+    if plain.mean < 0.5 <= learned.mean:
+        verdict += (
+            f" In as many steps the network without recall has learned {plain.text(1, 100, '%')} of the trained size "
+            "only, so most of the gap is one of learning, which the paper's long training hides."
+        )
     verdict += (
         f" Looping beyond the {sizes.loops} loops of training adds {100 * min(gain):.0f} to "
         f"{100 * max(gain):.0f} points there."

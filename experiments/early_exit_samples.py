@@ -48,7 +48,7 @@ class Sizes:
     """Problems on which rule and depth are chosen."""
     timed_on: int = 2000
     """Other problems, on which time and accuracy are measured."""
-    batch: int = 200
+    batch: int = 100
     """Problems that begin together."""
     pairs: int = 3
     """Measurements of each side, in turns."""
@@ -239,7 +239,7 @@ def report(results: Results) -> Page:
         met = saved[variant].mean >= 0.25 and lost[variant].mean <= 0.01
         return (
             f"{variant}: {saved[variant].text(0, 100, '%')} of the time saved, accuracy "
-            f"{-100 * lost[variant].mean:+.2f} points, {'which meets' if met else 'short of'} the aim of 25% within 1 point"
+            f"{-100 * lost[variant].mean:+.2f} points, {'meets' if met else 'short of'} the aim of 25% within 1 point"
         )
 
     verdict = "; ".join(told(variant) for variant in results.records) + "."
@@ -294,8 +294,8 @@ def report(results: Results) -> Page:
         notes=f"The fixed depth is the least one within {100 * sizes.slack:.0f} point of the best depth, so it wastes "
         "nothing by itself; the rule is the cheapest one within the same point, and may run no deeper. Both are chosen "
         f"on {sizes.chosen_on} other problems. The mazes are {sizes.maze_size}x{sizes.maze_size}, larger than those of "
-        "training; parity stays within the trained range, since beyond it nothing is right. Mazes with long routes take "
-        "*fewer* loops: the network rules out dead ends, and the deepest of them decides.",
+        "training; parity stays within the trained range, since beyond it nothing is right. Mazes with long routes "
+        "take *fewer* loops: the network rules out dead ends, and the deepest of them decides.",
         summary={
             "saved": {variant: _plain(interval) for variant, interval in saved.items()},
             "lost": {variant: _plain(interval) for variant, interval in lost.items()},
