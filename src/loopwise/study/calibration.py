@@ -40,10 +40,13 @@ class Calibration:
 
 
 def calibration(taken: Record, *, rule: str | None = None, bins: int = 10) -> Calibration:
-    """Calibration at every loop and at the exit of `rule` (default: the model's own signal at its default)."""
+    """Calibration at every loop, and at the exit of `rule` (default: the model's own signal at its default).
+
+    No unit exits after more loops than were trained, however many were recorded.
+    """
     rule = rule or default_rule(taken)
     family, threshold = family_of(taken, rule)
-    used = family.exits(threshold)
+    used = np.minimum(family.exits(threshold), taken.trained_loops[1])
     units = np.arange(taken.units)
     found = [reliability(taken.confidence[loop], taken.right[loop], bins=bins) for loop in range(taken.loops)]
     mass = [
