@@ -1,6 +1,7 @@
 """Servers on a loopback port, in this process, and the official client before them."""
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,13 +76,20 @@ class Live:
 
 @contextlib.contextmanager
 def serving(
-    model: LoopedLM, *, keys: tuple[str, ...] = (), policy: str = "last_exited", **settings: Any
+    model: LoopedLM,
+    *,
+    keys: tuple[str, ...] = (),
+    policy: str = "last_exited",
+    send_buffer: int | None = None,
+    **settings: Any,
 ) -> Iterator[Live]:
     """A server in a thread of its own."""
     config = ServeConfig(**settings)
     engine = build_engine(model, config, memory="16MiB", policy=policy, speculate="off")
     service = Service(engine, config, name="talker")
     listener = bind("127.0.0.1", 0)
+    if send_buffer is not None:  # what accepted connections inherit
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = make_server(build_app(service, keys=keys), config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

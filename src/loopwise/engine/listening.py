@@ -67,14 +67,15 @@ class ListeningEngine(Engine):
         return busy
 
     def _deliver(self, request: Request, emissions: list[Emission]) -> None:
-        if emissions:
-            self._news.append(News(self._tickets[request.number], emissions))
+        ticket = self._tickets.get(request.number)
+        if emissions and ticket is not None:
+            self._news.append(News(ticket, emissions))
         super()._deliver(request, emissions)
 
     def _close(self, request: Request) -> None:
-        ticket, last = self._tickets[request.number], self._news[-1] if self._news else None
+        ticket, last = self._tickets.get(request.number), self._news[-1] if self._news else None
         if last is not None and last.ticket is ticket:
-            self._news[-1] = News(ticket, last.emissions, over=True)
-        else:
+            self._news[-1] = News(last.ticket, last.emissions, over=True)
+        elif ticket is not None:
             self._news.append(News(ticket, over=True))
         super()._close(request)

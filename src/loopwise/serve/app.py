@@ -72,10 +72,7 @@ def _about(service: Service) -> APIRouter:
     @router.get("/health", tags=["state"])
     async def health() -> Response:
         """200 while the engine can answer."""
-        try:
-            service.engine.raise_failure()
-        except RuntimeError:
-            raise ApiError("the engine has stopped at an error; start the server anew", status=503) from None
+        service.check()
         return json_response({"status": "ok", "model": service.name})
 
     @router.get("/metrics", tags=["state"])

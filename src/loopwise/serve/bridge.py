@@ -1,7 +1,7 @@
 """From the engine's thread to the event loop and back: one wake-up per tick, however many requests are open."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -10,45 +10,69 @@ from loopwise.engine.listening import ListeningEngine, News
 from loopwise.engine.ticket import Ticket
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
-    """What came for one of the answers that an inbox collects."""
+    """What has come for one of the answers that an inbox collects, since somebody took from it."""
 
     index: int
-    emissions: Sequence[Emission]
+    emissions: list[Emission]
     over: bool
     at: float
-    """When it reached the event loop, by `perf_counter`."""
+    """When the newest of it reached the event loop, by `perf_counter`."""
 
 
 class Inbox:
-    """Where the answers of one HTTP request arrive. Used on the event loop alone."""
+    """Where the answers of one HTTP request arrive. Used on the event loop alone.
 
-    def __init__(self) -> None:
-        self._parts: list[Part] = []
+    Args:
+        pace: seconds between two takings at least; the first one and the end of an answer do not wait. A stream is no
+            worse for it, and what each event costs is paid less often.
+    """
+
+    def __init__(self, pace: float) -> None:
+        self._pace = pace
+        self._parts: dict[int, Part] = {}
         self._failure: Exception | None = None
+        self._loop = asyncio.get_running_loop()
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Future[None] | None = None
+        self._ready = False
 
     def put(self, part: Part) -> None:
-        self._parts.append(part)
-        self._wake()
+        """Add what has come."""
+        known = self._parts.get(part.index)
+        if known is None:
+            self._parts[part.index] = part
+        else:
+            known.emissions += part.emissions
+            known.over, known.at = part.over, part.at
+        if part.over or self._due <= self._loop.time():
+            self._wake()
+        elif self._timer is None:
+            self._timer = self._loop.call_at(self._due, self._wake)
 
     def fail(self, error: Exception) -> None:
         """Whoever takes next gets this instead."""
         self._failure = self._failure or error
         self._wake()
 
-    async def take(self) -> list[Part]:
-        """Everything that has come, as soon as there is something."""
-        while self._failure is None and not self._parts:
-            self._waiting = asyncio.get_running_loop().create_future()
+    async def take(self) -> Iterable[Part]:
+        """Everything that has come, as soon as there is something and it is time."""
+        while not self._ready:
+            self._waiting = self._loop.create_future()
             await self._waiting
         if self._failure is not None:
             raise self._failure
-        parts, self._parts = self._parts, []
-        return parts
+        parts, self._parts, self._ready = self._parts, {}, False
+        self._due = self._loop.time() + self._pace
+        return parts.values()
 
     def _wake(self) -> None:
+        self._ready = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
@@ -127,4 +151,4 @@ class Bridge:
             post.prompt = 0
             post.rest -= done
             self.promised -= done
-            post.inbox.put(Part(post.index, one.emissions, one.over, now))
+            post.inbox.put(Part(post.index, list(one.emissions), one.over, now))

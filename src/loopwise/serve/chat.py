@@ -16,7 +16,7 @@ from loopwise.serve.errors import ApiError
 from loopwise.serve.replies import chat_logprobs, loop_report
 from loopwise.serve.schema import ChatRequest, Message
 from loopwise.serve.service import Answering, Service
-from loopwise.serve.stream import EventStream, whole
+from loopwise.serve.stream import Chunks, EventStream, whole
 from loopwise.serve.usage import usage
 from loopwise.serve.voice import Delta
 
@@ -127,21 +127,20 @@ class Talk:
             "loop": self._order.receipt,
         }
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer as it grows."""
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as it grows, as JSON."""
         head = self._head | {"object": "chat.completion.chunk"}
         counted = self._body.stream_options is not None and self._body.stream_options.include_usage
-        if counted:
-            head["usage"] = None
+        chunks = Chunks(head | {"usage": None} if counted else head)
         for voice in self.answering.voices:
             first = {"index": voice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-            yield head | {"choices": [first | {"logprobs": None}], "loop": self._order.receipt}
+            yield chunks.other(choices=[first | {"logprobs": None}], loop=self._order.receipt)
         async for delta in self.answering.deltas():
             choice = self._choice(delta)
             if choice is not None:
-                yield head | {"choices": [choice]}
+                yield chunks.choice(choice)
         if counted:
-            yield head | {"choices": [], "usage": self._usage()}
+            yield chunks.other(choices=[], usage=self._usage())
 
     def _choice(self, delta: Delta) -> dict[str, Any] | None:
         """A part of one choice; None while nothing can be told."""

@@ -14,7 +14,7 @@ from loopwise.serve.asked import Order, check_model, encode, order, refused_inpu
 from loopwise.serve.replies import CompletionLogprobs, loop_report
 from loopwise.serve.schema import CompletionRequest
 from loopwise.serve.service import Answering, Service
-from loopwise.serve.stream import EventStream, whole
+from loopwise.serve.stream import Chunks, EventStream, whole
 from loopwise.serve.usage import usage
 
 _MOST = 16
@@ -84,23 +84,20 @@ class Continuation:
         ]
         return self._head | {"choices": choices, "usage": self._usage(), "loop": self._order.receipt}
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer as it grows."""
-        head: dict[str, Any] = dict(self._head)
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as it grows, as JSON; the first event carries the receipt."""
         counted = self._body.stream_options is not None and self._body.stream_options.include_usage
-        if counted:
-            head["usage"] = None
-        receipt = {"loop": self._order.receipt}
+        chunks = Chunks(self._head | {"usage": None} if counted else self._head)
+        detailed = self._body.logprobs is not None or self._order.loop.tokens or self._order.loop.signals
+        begun = False
         async for delta in self.answering.deltas():
-            told = bool(delta.emissions) and (
-                self._body.logprobs is not None or self._order.loop.tokens or self._order.loop.signals
-            )
-            if delta.text or delta.finish or delta.drafts or told:
-                choice = self._choice(delta.index, delta.text, delta.finish, delta.emissions, delta.drafts)
-                yield head | {"choices": [choice]} | receipt
-                receipt = {}
+            if not (delta.text or delta.finish or delta.drafts or (detailed and delta.emissions)):
+                continue
+            choice = self._choice(delta.index, delta.text, delta.finish, delta.emissions, delta.drafts)
+            yield chunks.choice(choice) if begun else chunks.other(choices=[choice], loop=self._order.receipt)
+            begun = True
         if counted:
-            yield head | {"choices": [], "usage": self._usage()}
+            yield chunks.other(choices=[], usage=self._usage())
 
     def _choice(
         self,

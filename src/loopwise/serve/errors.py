@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from loopwise.errors import UserError
 
@@ -91,7 +91,7 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
         case "missing":
             message = f"{param or 'a JSON body'} is missing"
         case _:
-            message = f"{param}: {first['msg'].removeprefix('Value error, ')}"
+            message = f"{param or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
     return ApiError(message, param=param)
 
 
@@ -111,6 +111,11 @@ def install(app: FastAPI) -> None:
     async def mistaken(request: Request, error: UserError) -> JSONResponse:
         return from_user_error(error).response
 
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        # Nobody reads it; 499 is what web servers call it.
+        return Response(status_code=499)
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         return from_validation(error.errors()).response
@@ -125,4 +130,5 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return server_error().response
+        # The server closes the connection after a bug, so the client must not use it again.
+        return JSONResponse(server_error().envelope, status_code=500, headers={"connection": "close"})

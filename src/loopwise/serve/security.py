@@ -78,6 +78,7 @@ class Guard:
             return
         try:
             headers = Headers(scope=scope)
+            self._measure(scope)
             self._check(headers)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 receive = _Replay(await self._body(headers, receive), receive)
@@ -88,6 +89,13 @@ class Guard:
         except _Hangup:
             return
         await self.app(scope, receive, send)
+
+    def _measure(self, scope: Scope) -> None:
+        # The parser below refuses headers that are too long only while they are incomplete.
+        size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        if size > self._settings.headers:
+            raise ApiError(f"the headers are larger than {self._settings.headers} bytes", status=431)
 
     def _check(self, headers: Headers) -> None:
         named = headers.getlist("host")

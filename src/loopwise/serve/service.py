@@ -1,6 +1,7 @@
 """One model behind HTTP: takes requests in or refuses them, hands them to the engine, and follows their answers."""
 
 import asyncio
+import logging
 import math
 import time
 import warnings
@@ -18,6 +19,7 @@ from loopwise.serve.settings import ServeConfig
 from loopwise.serve.thinking import Markers, markers_of
 from loopwise.serve.voice import Delta, Voice
 
+_log = logging.getLogger("loopwise.serve")
 _FINISH = {"stop": "stop", "length": "length", "context": "length"}
 
 
@@ -41,6 +43,8 @@ class Service:
         self.meters = Meters()
         self.markers: Markers | None = markers_of(engine.model.tokenizer)
         context = engine.model.config.max_positions
+        self._told = False
+        """Whether the log has why the engine stopped."""
         self.backlog = settings.backlog or 2 * engine.seats * context * engine.max_loops
 
     def start(self) -> None:
@@ -52,6 +56,25 @@ class Service:
         """Stop ticking; what is still open is aborted."""
         self.engine.__exit__(None, None, None)
         self.bridge.stop()
+
+    def check(self) -> None:
+        """See that the engine can answer.
+
+        Raises:
+            ApiError: it has stopped at an error.
+        """
+        try:
+            self.engine.raise_failure()
+        except RuntimeError as error:
+            if not self._told:
+                self._told = True
+                _log.error("the engine has stopped", exc_info=error)
+            raise ApiError(
+                "the engine has stopped at an error; the server's log says which, and it has to be started anew",
+                status=503,
+                type="server_error",
+                code="engine_stopped",
+            ) from None
 
     def admit(self, voices: Sequence[Voice]) -> None:
         """Let a request in, if what is promised already leaves room for it.
@@ -85,7 +108,7 @@ class Answering:
     def __init__(self, service: Service, voices: Sequence[Voice]) -> None:
         self.voices = voices
         self._service = service
-        self._inbox = Inbox()
+        self._inbox = Inbox(service.settings.pace)
         self._tickets: dict[int, Ticket] = {}
         self._began = time.perf_counter()
         self._heard = [0.0] * len(voices)
@@ -100,6 +123,7 @@ class Answering:
             UserError: what model or engine cannot serve; then nothing runs.
         """
         try:
+            self._service.check()
             self._service.admit(self.voices)
             for voice in self.voices:
                 if voice.exhausted:
@@ -180,7 +204,7 @@ class Answering:
 
     def _end(self, voice: Voice, delta: Delta) -> None:
         done = self._tickets.pop(voice.index).completion
-        self._service.engine.raise_failure()
+        self._service.check()
         voice.kv_bytes = done.kv_bytes
         if done.finish_reason not in _FINISH:
             raise ApiError(
@@ -199,10 +223,11 @@ class Answering:
 
     def _measure(self, voice: Voice, part: Part) -> None:
         meters, last = self._service.meters, self._heard[part.index]
-        if all(emission.provisional for emission in part.emissions):
+        certain = sum(not emission.provisional for emission in part.emissions)
+        if not certain:
             return
         if last:
-            meters.between.note((part.at - last) / len(part.emissions), len(part.emissions))
+            meters.between.note((part.at - last) / certain, certain)
         else:
             meters.first.note(part.at - self._began)
         self._heard[part.index] = part.at

@@ -55,6 +55,8 @@ class ServeConfig:
     backlog: int | None = None
     """Row-loops (tokens times loops, prompts included) that may be promised at once before requests are answered 429;
     none means twice what all seats could hold."""
+    pace: float = 0.02
+    """Seconds between two events of a stream at least; the first and the last do not wait. Faster tokens share one."""
     header_seconds: float = 10.0
     """How long a client may take to send its headers."""
     body_seconds: float = 30.0
@@ -84,6 +86,8 @@ class ServeConfig:
         for name in ("logprobs", "stops", "biases"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: allowed is 0 or more")
+        if not 0 <= self.pace <= 1:
+            raise ConfigError(f"pace={self.pace}: allowed is 0 to 1")
         for name in (
             "header_seconds",
             "body_seconds",

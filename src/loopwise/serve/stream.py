@@ -1,10 +1,10 @@
 """Answers as they leave: whole, or as server-sent events."""
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.requests import Request
@@ -18,17 +18,37 @@ _log = logging.getLogger("loopwise.serve")
 _dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
-class EventStream(Response):
-    """Data of an iterator, each as one event; `[DONE]` at the end, an envelope where it fails.
+class Chunks:
+    """JSON of a stream's events, which all begin alike.
 
     Args:
-        events: what to send; it is closed in any case.
+        head: what every event carries beside its choice.
+    """
+
+    def __init__(self, head: dict[str, Any]) -> None:
+        self._head = head
+        self._start = f'{_dumps(head)[:-1]},"choices":['
+
+    def choice(self, choice: dict[str, Any]) -> str:
+        """An event with a part of one choice."""
+        return f"{self._start}{_dumps(choice)}]}}"
+
+    def other(self, **fields: Any) -> str:
+        """An event with other fields too."""
+        return _dumps(self._head | fields)
+
+
+class EventStream(Response):
+    """Texts of an iterator, each as one event; `[DONE]` at the end, an envelope where it fails.
+
+    Args:
+        events: JSON to send.
         answering: what the events come from; freed when the last has left or the client is gone.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], answering: Answering) -> None:
+    def __init__(self, events: AsyncIterator[str], answering: Answering) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -36,12 +56,17 @@ class EventStream(Response):
         self._answering = answering
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Whoever has gone needs no answer, and it is no error of ours.
+        with contextlib.suppress(ClientGone):
+            await self._send(receive, send)
+
+    async def _send(self, receive: Receive, send: Send) -> None:
         async with self._answering:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async with watching(receive, self._answering.leave):
                 try:
                     async for event in self._events:
-                        await send(_body(f"data: {_dumps(event)}\n\n"))
+                        await send(_body(f"data: {event}\n\n"))
                     last = "data: [DONE]\n\n"
                 except ClientGone:
                     raise
@@ -58,7 +83,7 @@ def _body(text: str) -> dict[str, Any]:
     return {"type": "http.response.body", "body": text.encode("utf-8", "replace"), "more_body": True}
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def watching(receive: Receive, gone: Callable[[], None]) -> AsyncIterator[None]:
     """Within: `gone` is called as soon as the client hangs up."""
 

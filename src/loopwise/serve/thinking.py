@@ -23,7 +23,8 @@ def markers_of(tokenizer: Tokenizer | None) -> Markers | None:
         return None
     alone = {mark: tokenizer.encode(mark, parse_special=True) for mark in (OPEN, CLOSE)}
     single = all(len(ids) == 1 for ids in alone.values())
-    if not single and CLOSE not in (tokenizer.chat_template or ""):
+    template = tokenizer.chat_template or ""
+    if not single and OPEN not in template and CLOSE not in template:
         return None
     special = {ids[0]: mark for mark, ids in alone.items() if len(ids) == 1 and tokenizer.is_special(ids[0])}
     closing = [*tokenizer.encode("\n"), *alone[CLOSE], *tokenizer.encode("\n\n")]
@@ -46,6 +47,10 @@ class Splitter:
         self._fresh = inside
         """Whether spaces at the beginning of a part are still to be left out."""
         self._held = ""
+
+    def awaits(self, mark: str) -> bool:
+        """Whether this mark would open or close a thought now; elsewhere it is no more than its token's text."""
+        return self.inside if mark == CLOSE else not self._begun
 
     def push(self, text: str, *, last: bool = False) -> tuple[str, str]:
         """What is certain now, as (thought, answer).

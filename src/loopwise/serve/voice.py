@@ -97,7 +97,8 @@ class Voice:
                 continue
             mark = self.markers.ids.get(emission.token)
             within = self.splitter.inside
-            thought, text = self.splitter.push(mark or emission.text or "")
+            marks = mark is not None and self.splitter.awaits(mark)
+            thought, text = self.splitter.push(mark if mark is not None and marks else emission.text or "")
             self.thought += within and self.splitter.inside
             delta.thought += thought
             delta.text += text
