@@ -139,7 +139,7 @@ def build_studio(library: Library, *, hosts: frozenset[str] = frozenset({"127.0.
 
     @app.get("/api/traces/{key}")
     def trace(key: str) -> Response:
-        return Response(json.dumps(finite(library.wire(key)), separators=(",", ":")), media_type="application/json")
+        return Response(library.wire(key), media_type="application/json")
 
     @app.get("/api/traces/{key}/page")
     def page(key: str) -> Response:

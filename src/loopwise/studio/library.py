@@ -96,13 +96,15 @@ class OpenModel:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Shown:
     """A trace that is open, and what else is known about it."""
 
     trace: LoopTrace
-    model: OpenModel | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    """What the page draws beside the trace itself: `paths`, `costs`, `lens`, where they are known."""
+    drawn: bytes | None = None
+    """All of it as JSON, once somebody asked."""
 
 
 class Library:
@@ -136,7 +138,8 @@ class Library:
         if here.is_file() and here.suffix == ".json":
             self.grids[_free(name, self.grids)] = here
         elif here.is_file():
-            self.keep(Shown(trace=LoopTrace.load(here)))
+            trace = LoopTrace.load(here)
+            self.keep(Shown(trace=trace, extra=_known(trace)))
         elif here.is_dir() and (here / "metrics.jsonl").is_file():
             self.runs[_free(name, self.runs)] = here
             if (here / "model" / "config.json").is_file():
@@ -246,13 +249,17 @@ class Library:
                 name=opened.name,
             )
             costs = measure_costs(model, tokens, loops=most, start=sampling.start, policy=opened.policy)
-        paths = state_paths(trace) if trace.states is not None else None
         lens = "coda lens" if len(model.coda) else "logit lens"
-        return self.keep(Shown(trace=trace, model=opened, extra={"costs": costs, "paths": paths, "lens": lens}))
+        return self.keep(Shown(trace=trace, extra=_known(trace) | {"costs": costs, "lens": lens}))
 
-    def wire(self, key: str) -> dict[str, Any]:
-        """An open trace as the page draws it."""
+    def wire(self, key: str) -> bytes:
+        """An open trace as the page draws it, JSON; made once."""
         shown = self.shown(key)
+        if shown.drawn is None:
+            shown.drawn = json.dumps(finite(self._facts(key, shown)), separators=(",", ":")).encode()
+        return shown.drawn
+
+    def _facts(self, key: str, shown: Shown) -> dict[str, Any]:
         trace = shown.trace
         facts = {
             "key": key,
@@ -351,6 +358,10 @@ def parse_sampling(given: dict[str, Any], opened: OpenModel) -> Sampling:
     if (values.get("max_loops") or 1) > most:
         raise ConfigError(f"max_loops={values['max_loops']}: this model was trained with at most {most} loops")
     return Sampling(**values)
+
+
+def _known(trace: LoopTrace) -> dict[str, Any]:
+    return {} if trace.states is None else {"paths": state_paths(trace)}
 
 
 def _free(name: str, taken: dict[str, Any]) -> str:

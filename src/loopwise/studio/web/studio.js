@@ -69,7 +69,7 @@ class Side {
     this.reset.hidden = at === (trace.curve?.home ?? null);
     this.count(this.loops, trace.max);
     this.figures();
-    if (this === main) { remember(); redraw(); }
+    if (this === main) { remember(); redraw(recorded ? 30 : 150); }
   }
   figures() {
     const { trace, at } = this, curve = trace.curve, ran = this.loops.filter(n => n), mean = ran.reduce((a, b) => a + b, 0) / ran.length;
@@ -99,7 +99,8 @@ function lead(side) { if (main === side || !side.trace) return; main = side; rem
 
 // Views
 let queued = 0;
-function redraw() { cancelAnimationFrame(queued); queued = requestAnimationFrame(draw); }
+// After the tints are painted, and once for many changes: a drag of the threshold must never wait for a figure.
+function redraw(delay = 30) { clearTimeout(queued); queued = setTimeout(draw, delay); }
 function draw() {
   const trace = main?.trace;
   $("views").hidden = !trace;
@@ -248,6 +249,7 @@ async function recall() {
 
 // Runs
 const showRun = quietly(async () => {
+  if (!window.Plotly) return;
   const name = $("runs").value;
   if (!name) { $("run-note").textContent = "No run is open. Type: loopwise studio RUN_FOLDER"; return; }
   const run = await (await ask(`/api/runs/${encodeURIComponent(name)}`)).json();
@@ -264,6 +266,7 @@ $("runs").onchange = showRun; $("again").onclick = showRun;
 // Grids: { title, problems: [{ rows, columns, problem: [cell], target: [cell]|null, answers: [tick][cell], attention: [tick][cell]|null, certainty: [tick]|null, difficulty }] }
 let grid = null, ticking = 0;
 const showGrid = quietly(async () => {
+  if (!window.Plotly) return;
   const name = $("grids").value;
   if (!name) { $("board-note").textContent = "No grid is open. Make one with `loopwise study grid`, then type: loopwise studio grid.json"; return; }
   grid = await (await ask(`/api/grids/${encodeURIComponent(name)}`)).json();
@@ -310,4 +313,5 @@ await quietly(async () => {
   if (!(await recall()) && library.traces.length) await open(sides[0], library.traces[0].key);
   if (!library.models.length && !library.traces.length) room(library.grids.length ? "grid" : "run");
 })();
-if (!window.Plotly) addEventListener("load", redraw);
+// The text comes first; the figures' library, 5 MB, after it.
+document.head.append(Object.assign(document.createElement("script"), { src: "/web/plotly.min.js", onload: () => { redraw(); if (!$("run").hidden) showRun(); if (!$("grid").hidden) showGrid(); } }));
