@@ -26,6 +26,7 @@ VERBS = {
     "serve": "Serve a model behind OpenAI's API, with a knob for loops",
     "info": "Say what a checkpoint is: parameters, loops, memory and work per loop",
     "studio": "Look between the loops in the browser: text, lens, trajectories, exits, runs",
+    "study": "Ask a model what its loops do",
     "bench": "Measure the engine on this machine",
     "convert": "Change a checkpoint's format, number type or depth",
 }

@@ -1,7 +1,7 @@
 """What a study asks: batches of problems with their answers, whatever kind of model answers them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loopwise.errors import ConfigError, InputError
 from loopwise.hub.tokenizer import Tokenizer
+from loopwise.loops.protocol import tree_map
 from loopwise.nn.noise import integer
 from loopwise.tasks.corpus import Corpus
 from loopwise.tasks.pointer_chasing import PointerChasing
@@ -117,6 +118,27 @@ def of_text(
         Examples(inputs=part[:, :-1].contiguous(), targets=part[:, 1:].contiguous())
         for part in torch.split(table, max(1, _BATCH // length))
     ]
+
+
+def head(examples: Examples, rows: int) -> Examples:
+    """The first rows of a batch."""
+    if rows >= len(examples):
+        return examples
+    whole, verify = len(examples), examples.verify
+
+    def first(answers: Tensor) -> Tensor:
+        assert verify is not None
+        # The verifier knows the whole batch: rows that were cut off are asked about the last answer there is.
+        return verify(answers[torch.arange(whole).clamp(max=rows - 1)])[:rows]
+
+    return replace(
+        examples,
+        inputs=tree_map(lambda tensor: tensor[:rows], examples.inputs),
+        options=tree_map(lambda tensor: tensor[:rows], dict(examples.options)),
+        targets=examples.targets[:rows],
+        difficulty=None if examples.difficulty is None else examples.difficulty[:rows],
+        verify=None if verify is None else first,
+    )
 
 
 def count_units(data: Sequence[Examples]) -> int:

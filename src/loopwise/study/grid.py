@@ -188,3 +188,32 @@ def _only(examples: Examples, number: int) -> Examples:
         verify=alone if verify is not None else None,
         read=examples.read,
     )
+
+
+def board_file(found: Grid, *, title: str, difficulty: float | None = None) -> dict[str, Any]:
+    """The same as the studio's grid view reads it: cells line by line, classes of two as true and false."""
+    two = max(int(found.answer.max()), int(found.wanted.max())) <= 1
+    lines, columns = found.wanted.shape
+
+    def cells(board: Int[np.ndarray, "lines columns"]) -> list[Any]:
+        flat = board.ravel().tolist()
+        return [None if said < 0 else bool(said) if two else str(said) for said in flat]
+
+    attention = None
+    if found.attention is not None:
+        seen = found.attention.mean(axis=1)
+        # Each cell shows the place of the feature map that lies under it.
+        down = np.arange(lines) * seen.shape[1] // lines
+        across = np.arange(columns) * seen.shape[2] // columns
+        attention = [look[down][:, across].ravel().tolist() for look in seen]
+    problem = {
+        "rows": lines,
+        "columns": columns,
+        "problem": [mark for line in found.given for mark in line],
+        "target": cells(found.wanted),
+        "answers": [cells(board) for board in found.answer],
+        "attention": attention,
+        "certainty": None if found.signal is None else found.signal.tolist(),
+        "difficulty": difficulty,
+    }
+    return {"title": title, "problems": [problem]}
