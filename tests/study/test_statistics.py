@@ -8,6 +8,7 @@ import pytest
 
 from loopwise.errors import InputError
 from loopwise.study.statistics import (
+    Interval,
     auroc,
     bootstrap,
     clustered_error,
@@ -89,6 +90,9 @@ def test_intervals_over_seeds() -> None:
     found = mean_interval([1.0, 2.0, 3.0])
     assert (found.value, found.high - found.value) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
     assert math.isnan(mean_interval([1.0]).low)
+    assert str(found) == "2.000 [-0.484, 4.484]"
+    assert str(mean_interval([1.0])) == "1.000"
+    assert str(Interval(value=math.nan, low=math.nan, high=math.nan)).startswith("undefined")
 
 
 def test_the_clustered_error_is_the_plain_one_when_every_unit_stands_alone() -> None:

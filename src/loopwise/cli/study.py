@@ -166,20 +166,20 @@ def _show(ladder: "Ladder") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="dim")
-    for index, name in enumerate(("effort", "max loops", "exit", "mean loops", "loss", "right", "us per token", "")):
-        table.add_column(name, justify="left" if index in (0, 2, 7) else "right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    for index, name in enumerate(("effort", "max", "exit", "loops", "loss", "right", "us/token", "")):
+        table.add_column(name, justify="left" if index in (0, 2, 7) else "right", no_wrap=True)
     for rung in ladder.rungs:
         facts = dataclasses.asdict(rung)
         same = ladder.same_as(rung.effort)
         table.add_row(
             rung.effort,
             str(rung.max_loops),
-            rung.exit or "never early",
+            rung.exit or "never",
             f"{facts['mean_loops']:.2f}",
             f"{facts['loss']:.4f}",
             f"{facts['accuracy']:.3f}",
-            f"{1e6 * facts['seconds_per_token']:.0f}",
-            f"the same as {same}" if same else "",
+            "" if facts["seconds_per_token"] is None else f"{1e6 * facts['seconds_per_token']:.0f}",
+            f"= {same}" if same else "",
         )
     Console(highlight=False).print(table)

@@ -164,7 +164,11 @@ class Saving:
 
 
 def saving(taken: Record, family: Family, *, tolerance: float = 0.01, max_loops: int | None = None) -> Saving:
-    """How much one kind of rule saves while its accuracy stays within `tolerance` of full depth, by replay."""
+    """How much one kind of rule saves while its accuracy stays within `tolerance` of full depth, by replay.
+
+    The threshold is chosen on the units it is told of, so the saving is a little hopeful: try the rule on other units
+    before relying on it.
+    """
     most = min(max_loops or taken.trained_loops[1], taken.loops)
     here = Family(**{**vars(family), "measure": family.measure[:most]})
     units = np.arange(taken.units)
@@ -173,7 +177,7 @@ def saving(taken: Record, family: Family, *, tolerance: float = 0.01, max_loops:
     for threshold in here.thresholds(64):
         used = here.exits(threshold)
         if full.mean() - taken.right[used - 1, units].mean() <= tolerance and used.mean() < best[0]:
-            best = (float(used.mean()), here.rule(threshold), used)
+            best = (float(used.mean()), here.rule(float(f"{threshold:.4g}")), used)
     mean, rule, used = best
     right = taken.right[used - 1, units]
     lost = full.astype(np.float64) - right

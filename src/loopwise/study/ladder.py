@@ -1,16 +1,21 @@
 """Make a checkpoint's ladder: what each name of effort stands for, from a validation set.
 
 Between the fewest and the most trained loops the rungs ask for means in equal ratios; the lowest and the highest are
-fixed depths, those between are thresholds of one exit rule, so that a token's effort follows its need. Every rung is
-then run as the engine would run it (`last_exited`: a token that stops does no more work) and its figures are written
-down. A rung whose loss is not below that of the rung under it takes that rung's settings: more effort never costs
-quality, and coinciding rungs are shown as such.
+fixed depths, those between are thresholds of one exit rule, so that a token's effort follows its need.
+
+On text every rung is then run as the engine would run it (`last_exited`: a token that stops does no more work). Where
+only some tokens are asked, as in pointer chasing, the others are prompt, which runs every loop whatever the rule: there
+the figures are those of replay, and no time is given.
+
+A rung whose loss is not below that of the rung under it takes that rung's settings: more effort never costs quality,
+and coinciding rungs are shown as such.
 """
 
 import statistics
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from loopwise.engine.ladder import EFFORTS, Ladder, Rung
@@ -18,8 +23,8 @@ from loopwise.errors import ConfigError
 from loopwise.loops.drivers import run_until
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.study.examples import Examples
-from loopwise.study.record import record
-from loopwise.study.rules import Family, families
+from loopwise.study.record import Record, record
+from loopwise.study.rules import Family, families, family_of
 from loopwise.tasks.problems import IGNORED
 
 
@@ -31,7 +36,8 @@ def calibrate_ladder(
     Args:
         data: batches of a language model, see `loopwise.study.examples`.
         start: start state of random-start models.
-        rounds: times that every rung is run, the rungs taking turns; seconds are the medians.
+        rounds: times that every rung is run, the rungs taking turns; seconds are the medians of all but the first,
+            which warms up (of the only one, where there is one).
 
     Raises:
         ConfigError: for fewer than one round.
@@ -47,9 +53,13 @@ def calibrate_ladder(
     settings += [(most, _threshold(family, mean)) if least < most else (most, None) for mean in wanted[1:-1]]
     settings.append((most, None))
     runs = {setting: _Run() for setting in dict.fromkeys(settings)}
-    for _ in range(rounds):
+    prompted = any(bool((examples.targets == IGNORED).any()) for examples in data)
+    for turn in range(1 if prompted else rounds):
         for (loops, rule), run in runs.items():
-            run.measure(model, data, loops=loops, rule=rule, start=start)
+            if prompted:
+                run.replay(taken, loops=loops, rule=rule)
+            else:
+                run.measure(model, data, loops=loops, rule=rule, start=start, counts=turn > 0 or rounds == 1)
     order = sorted(settings, key=lambda setting: runs[setting].mean_loops)
     chosen: list[tuple[int, str | None]] = []
     for setting in order:
@@ -64,7 +74,8 @@ def calibrate_ladder(
 def _threshold(family: Family, mean_loops: float) -> str:
     """The rule whose replayed mean is nearest."""
     tries = family.thresholds(64)
-    return family.rule(min(tries, key=lambda threshold: abs(float(family.exits(threshold).mean()) - mean_loops)))
+    nearest = min(tries, key=lambda threshold: abs(float(family.exits(threshold).mean()) - mean_loops))
+    return family.rule(float(f"{nearest:.4g}"))
 
 
 class _Run:
@@ -75,8 +86,24 @@ class _Run:
         self.tokens = 0
         self.loss = self.accuracy = self.mean_loops = 0.0
 
+    def replay(self, taken: Record, *, loops: int, rule: str | None) -> None:
+        used = np.full(taken.units, loops)
+        if rule is not None:
+            family, threshold = family_of(taken, rule)
+            used = np.minimum(family.exits(threshold), loops)
+        units = np.arange(taken.units)
+        self.loss, self.mean_loops = float(taken.losses[used - 1, units].mean()), float(used.mean())
+        self.accuracy = float(taken.right[used - 1, units].mean())
+
     def measure(
-        self, model: LoopedLM, data: Sequence[Examples], *, loops: int, rule: str | None, start: int | str | None
+        self,
+        model: LoopedLM,
+        data: Sequence[Examples],
+        *,
+        loops: int,
+        rule: str | None,
+        start: int | str | None,
+        counts: bool,
     ) -> None:
         loss = right = used = 0.0
         tokens = 0
@@ -93,7 +120,8 @@ class _Run:
             right += float((logits.argmax(-1) == targets).sum())
             used += float(outcome.loops[asked].sum())
             tokens += len(targets)
-        self.seconds.append(seconds)
+        # The first round warms up.
+        self.seconds += [seconds] if counts else []
         self.tokens = tokens
         self.loss, self.accuracy, self.mean_loops = loss / tokens, right / tokens, used / tokens
 
@@ -105,5 +133,5 @@ class _Run:
             mean_loops=self.mean_loops,
             loss=self.loss,
             accuracy=self.accuracy,
-            seconds_per_token=statistics.median(self.seconds) / self.tokens,
+            seconds_per_token=statistics.median(self.seconds) / self.tokens if self.seconds else None,
         )

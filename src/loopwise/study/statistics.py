@@ -16,14 +16,16 @@ _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """An estimate with its 95% interval; NaN ends where there is none."""
+    """An estimate with its 95% interval; NaN ends where there is none, all NaN where there is no estimate."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        if math.isnan(self.value):
+            return "undefined (one side never varies)"
+        return f"{self.value:.3f}" + ("" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]")
 
 
 def t_quantile(freedom: int) -> float:
