@@ -15,6 +15,7 @@ import pytest
 
 import loopwise
 from loopwise.engine.listening import ListeningEngine
+from loopwise.engine.speculation import Speculation
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.serve.app import build_app
 from loopwise.serve.engine import build_engine
@@ -80,17 +81,19 @@ def serving(
     *,
     keys: tuple[str, ...] = (),
     policy: str = "last_exited",
+    hosts: tuple[str, ...] = (),
     send_buffer: int | None = None,
+    speculate: str | Speculation = "off",
     **settings: Any,
 ) -> Iterator[Live]:
     """A server in a thread of its own."""
     config = ServeConfig(**settings)
-    engine = build_engine(model, config, memory="16MiB", policy=policy, speculate="off")
+    engine = build_engine(model, config, memory="16MiB", policy=policy, speculate=speculate)
     service = Service(engine, config, name="talker")
     listener = bind("127.0.0.1", 0)
     if send_buffer is not None:  # what accepted connections inherit
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    server = make_server(build_app(service, keys=keys), config)
+    server = make_server(build_app(service, keys=keys, hosts=hosts), config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:

@@ -8,8 +8,10 @@ import pytest
 from loopwise.engine.answer import Completion
 from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
+from loopwise.engine.speculation import Speculation
+from loopwise.models.looped_lm import LoopedLM
 
-from .conftest import Live
+from .conftest import Live, serving, talker
 
 HELLO: list[Any] = [
     {"role": "system", "content": "Be brief."},
@@ -193,3 +195,52 @@ def test_an_assistants_message_goes_back_as_the_client_dumps_it(client: openai.O
     second = client.chat.completions.create(model="talker", messages=messages, max_tokens=3)
     assert second.usage is not None
     assert second.usage.completion_tokens == 3
+
+
+def test_a_base_model_talks_only_in_plain_lines(model: LoopedLM) -> None:
+    base = talker()
+    assert base.tokenizer is not None
+    base.tokenizer.chat_template = None
+    with serving(base) as live, live.client() as client:
+        assert (client.models.retrieve("talker").model_extra or {})["chat"] is False
+        with pytest.raises(openai.BadRequestError, match="no chat template") as refused:
+            client.chat.completions.create(model="talker", messages=HELLO)
+        assert refused.value.code == "no_chat_template"
+    with serving(base, plain=True) as live, live.client() as client:
+        wanted = alone(
+            live,
+            Sampling(max_tokens=9, temperature=1.0, seed=2),
+            "System: Be brief.\nUser: Hello <|endoftext|> there\nAssistant:",
+        )
+        got = client.chat.completions.create(model="talker", messages=HELLO, max_tokens=9, seed=2)
+        assert got.choices[0].message.content == wanted.text
+
+
+def test_drafts_are_told_while_streaming_and_change_nothing(model: LoopedLM) -> None:
+    ask: dict[str, Any] = {"model": "talker", "messages": HELLO, "max_tokens": 16, "seed": 1, "stream": True}
+    with serving(model, speculate=Speculation(window=2), pace=0.0) as live, live.client() as client:
+        plain = "".join(chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask))
+        text, drafts, loops = "", [], []
+        for chunk in client.chat.completions.create(**ask, extra_body={"loop": {"drafts": True, "tokens": True}}):
+            text += chunk.choices[0].delta.content or ""
+            told = (chunk.choices[0].model_extra or {}).get("loop", {})
+            drafts += told.get("drafts", [])
+            loops += told.get("loops", [])
+        live.settle()
+    assert text == plain
+    assert loops == [4] * 16
+    assert drafts
+    assert all(0 <= draft["index"] < 16 and draft["loops"] < 4 for draft in drafts)
+
+
+def test_pace_gathers_tokens_into_fewer_events(model: LoopedLM) -> None:
+    ask: dict[str, Any] = {"model": "talker", "messages": HELLO, "max_tokens": 60, "seed": 1, "stream": True}
+    counts = []
+    for pace in (0.0, 1.0):
+        with serving(model, pace=pace) as live, live.client() as client:
+            chunks = list(client.chat.completions.create(**ask))
+            counts.append(len(chunks))
+            assert sum(len(chunk.choices[0].delta.content or "") for chunk in chunks) > 30
+            live.settle()
+    assert counts[0] > 20
+    assert counts[1] <= 4

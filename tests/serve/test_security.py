@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loopwise.cli.serve import hosts_of
 from loopwise.errors import ConfigError
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.serve.security import check_bind, check_keys, is_loopback, too_deep
@@ -101,6 +102,14 @@ class TestHostAndOrigin:
         with serving(model, hosts=("my.machine",)) as live, live.http() as http:
             assert http.get("/health", headers={"host": "my.machine"}).status_code == 200
             assert http.get("/health", headers={"host": "other.machine"}).status_code == 403
+
+    def test_who_listens_everywhere_has_any_name_but_no_foreign_pages(self, model: LoopedLM) -> None:
+        with serving(model, hosts=hosts_of("0.0.0.0"), keys=KEYS) as live, live.http() as http:
+            known = {"authorization": f"Bearer {KEYS[0]}"}
+            assert http.get("/health", headers=known | {"host": "any.name"}).status_code == 200
+            foreign = known | {"host": "any.name", "origin": "https://evil.example"}
+            assert http.get("/health", headers=foreign).status_code == 403
+            assert http.get("/health", headers={"host": "any.name"}).status_code == 401
 
     def test_two_hosts_are_none(self, live: Live) -> None:
         said = raw(live, b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\nConnection: close\r\n\r\n")

@@ -73,6 +73,9 @@ def command(
         typer.echo(json.dumps({"url": url, "model": service.name}))
     else:
         note(f"{service.name} at {url} (Ctrl-C ends it)")
+        weight = loaded.embed.weight
+        if weight.device.type == "cpu" and weight.element_size() == 2:
+            note("a CPU multiplies the checkpoint's 16-bit numbers slowly; dtype=float32 is faster")
         if not keys:
             note(f"there is no API key: everybody who reaches {host} may ask; {KEYS} sets one")
     make_server(app, config).run(sockets=[listener])

@@ -100,7 +100,7 @@ class Talk:
         }
         self._thinks = service.markers is not None
         voices = wanted.voices(thinks=True, budget=body.thinking_token_budget)
-        self.answering = Answering(service, voices)
+        self.answering = Answering(service, voices, stream=bool(body.stream))
 
     async def reply(self) -> dict[str, Any]:
         """The whole answer."""

@@ -64,7 +64,7 @@ class Continuation:
             "model": service.name,
             "system_fingerprint": fingerprint,
         }
-        self.answering = Answering(service, wanted.voices())
+        self.answering = Answering(service, wanted.voices(), stream=bool(body.stream))
         tokenizer = service.engine.model.tokenizer
         self._logprobs = [CompletionLogprobs(tokenizer, body.logprobs or 0) for _ in self.answering.voices]
 

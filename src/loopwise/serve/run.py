@@ -112,6 +112,7 @@ def make_server(app: FastAPI, settings: ServeConfig) -> Server:
         lifespan="on",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         h11_max_incomplete_event_size=settings.headers,
         timeout_keep_alive=max(round(settings.idle_seconds), 1),

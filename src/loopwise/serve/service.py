@@ -39,8 +39,8 @@ class Service:
         self.name = settings.name or name
         self.created = int(time.time())
         self.efforts = Efforts(engine.model, settings, planes=engine.max_loops)
-        self.bridge = Bridge(engine)
         self.meters = Meters()
+        self.bridge = Bridge(engine, self.meters)
         self.markers: Markers | None = markers_of(engine.model.tokenizer)
         context = engine.model.config.max_positions
         self._told = False
@@ -103,15 +103,20 @@ class Service:
 
 
 class Answering:
-    """The answers of one HTTP request, from `begin` to the end of the `async with` block; leaving frees their rows."""
+    """The answers of one HTTP request, from `begin` to the end of the `async with` block; leaving frees their rows.
 
-    def __init__(self, service: Service, voices: Sequence[Voice]) -> None:
+    Args:
+        stream: whether somebody wants them as they grow.
+    """
+
+    def __init__(self, service: Service, voices: Sequence[Voice], *, stream: bool) -> None:
         self.voices = voices
         self._service = service
-        self._inbox = Inbox(service.settings.pace)
+        # A thought over its budget has to be noticed while it grows.
+        watched = stream or any(voice.budget is not None for voice in voices)
+        self._inbox = Inbox(service.settings.pace if watched else None)
         self._tickets: dict[int, Ticket] = {}
         self._began = time.perf_counter()
-        self._heard = [0.0] * len(voices)
         seconds = service.settings.request_seconds
         self._deadline = asyncio.get_running_loop().call_later(seconds, self._inbox.fail, too_late(seconds))
 
@@ -171,7 +176,6 @@ class Answering:
             return None
         delta = Delta(part.index)
         if part.emissions:
-            self._measure(voice, part)
             voice.hear(part.emissions, delta=delta)
         if voice.exhausted:
             self._end_thought(voice, delta)
@@ -189,9 +193,7 @@ class Answering:
                 prompt, sampling, sample=voice.sample, signals=voice.signals, provisional=voice.drafts
             )
         self._tickets[voice.index] = ticket
-        self._service.bridge.post(
-            ticket, self._inbox, voice.index, prompt=len(prompt), tokens=voice.rest, loops=voice.knob.max_loops
-        )
+        self._service.bridge.post(ticket, self._inbox, voice, prompt=len(prompt))
 
     def _end_thought(self, voice: Voice, delta: Delta) -> None:
         """Drop what was being thought and go on behind a closed thought; the prefix is found in the cache."""
@@ -220,14 +222,3 @@ class Answering:
         self._service.meters.finished(
             reason, prompt=len(voice.prompt), tokens=len(voice.tokens), seconds=time.perf_counter() - self._began
         )
-
-    def _measure(self, voice: Voice, part: Part) -> None:
-        meters, last = self._service.meters, self._heard[part.index]
-        certain = sum(not emission.provisional for emission in part.emissions)
-        if not certain:
-            return
-        if last:
-            meters.between.note((part.at - last) / certain, certain)
-        else:
-            meters.first.note(part.at - self._began)
-        self._heard[part.index] = part.at

@@ -55,7 +55,7 @@ class ServeConfig:
     backlog: int | None = None
     """Row-loops (tokens times loops, prompts included) that may be promised at once before requests are answered 429;
     none means twice what all seats could hold."""
-    pace: float = 0.02
+    pace: float = 0.04
     """Seconds between two events of a stream at least; the first and the last do not wait. Faster tokens share one."""
     header_seconds: float = 10.0
     """How long a client may take to send its headers."""
