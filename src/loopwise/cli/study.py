@@ -55,7 +55,7 @@ def command(
     """
     from loopwise.cli.models import is_setting, read_settings
     from loopwise.study.ask import QUESTIONS
-    from loopwise.study.subject import StudyConfig, open_subject
+    from loopwise.study.subject import StudyConfig, check_settings, open_subject
 
     words = list(overrides or [])
     if is_setting(model):
@@ -66,7 +66,8 @@ def command(
         raise ConfigError("--keep writes down a ladder; type: loopwise study ladder MODEL --keep")
     if question == "report" and as_json:
         raise ConfigError("report writes a page; for numbers ask one question with --json")
-    config = read_settings(StudyConfig, words)
+    check_settings(question, [word.partition("=")[0] for word in words])
+    config = read_settings(StudyConfig, [_with_brackets(word) for word in words])
     _check_device(config.device)
     subject = open_subject(model, dtype=config.dtype, device=config.device)
     if question == "ladder":
@@ -75,6 +76,12 @@ def command(
         _report(subject, config, out or Path())
     else:
         _ask(question, subject, config, out=out, as_json=as_json)
+
+
+def _with_brackets(word: str) -> str:
+    """`others=a,b` as the list that it means."""
+    key, _, text = word.partition("=")
+    return f"others={json.dumps(text.split(','))}" if key == "others" and not text.startswith("[") else word
 
 
 def _refuse(question: str, allowed: list[str]) -> None:
@@ -144,9 +151,8 @@ def _ladder(subject: "Subject", config: "StudyConfig", *, keep: bool, out: Path 
     model = subject.model
     if not isinstance(model, LoopedLM):
         raise ConfigError(f"{subject.name} is no language model; only those carry a ladder of effort")
-    for name in ("loops", "rule"):
-        if getattr(config, name) is not None:
-            raise ConfigError(f"{name}= has no effect on a ladder, which is made of the trained range; leave it out")
+    if config.loops is not None:
+        raise ConfigError("loops= has no effect on a ladder, which is made of the trained range: leave it out")
     found = calibrate_ladder(model, open_data(subject, config), start=config.start)
     told = {"model": subject.name, "loop_ladder": found.facts()}
     written = [] if out is None else [write_text(out / "ladder.json", json.dumps(told, indent=2) + "\n")]

@@ -24,7 +24,7 @@ from loopwise.study.grid import grid
 from loopwise.study.lens import lens
 from loopwise.study.record import Record, record
 from loopwise.study.rules import families
-from loopwise.study.subject import StudyConfig, Subject, open_data
+from loopwise.study.subject import StudyConfig, Subject, open_data, open_subject
 from loopwise.study.trajectory import trajectory
 from loopwise.tasks.problems import IGNORED
 
@@ -123,7 +123,14 @@ def answer(question: str, studies: Studies) -> Answer:
 
 
 def _depth(studies: Studies) -> Answer:
-    found = depth(studies.record(2 * studies.trained))
+    config = studies.config
+    records = [studies.record(2 * studies.trained)]
+    for name in config.others:
+        other = open_subject(name, dtype=config.dtype, device=config.device)
+        records.append(
+            record(other.model, studies.data, max_loops=records[0].loops, start=config.start, name=other.name)
+        )
+    found = depth(records)
     last = studies.trained - 1 if len(found.loops) >= studies.trained else -1
     lines = [
         f"loss {found.loss[0]:.3f} at 1 loop, {found.loss[last]:.3f} at {found.loops[last]}, least at {found.best}; "

@@ -46,6 +46,7 @@ class Grid:
     """Where the loop looked, on the board of the model's own features; None for models without attention over it."""
     right: Bool[np.ndarray, " loops"]
     signal: Float[np.ndarray, " loops"] | None
+    signal_kind: str | None
 
 
 @torch.no_grad()
@@ -95,6 +96,7 @@ def grid(
         attention=np.stack(attention) if attention else None,
         right=np.array(right),
         signal=np.array(signals) if signals else None,
+        signal_kind=model.facts.signal,
     )
 
 
@@ -213,7 +215,15 @@ def board_file(found: Grid, *, title: str, difficulty: float | None = None) -> d
         "target": cells(found.wanted),
         "answers": [cells(board) for board in found.answer],
         "attention": attention,
-        "certainty": None if found.signal is None else found.signal.tolist(),
+        "certainty": _certainty(found),
         "difficulty": difficulty,
     }
     return {"title": title, "problems": [problem]}
+
+
+def _certainty(found: Grid) -> list[float] | None:
+    """The signal as a number from 0 to 1: a certainty itself, a halting logit as its probability."""
+    if found.signal is None or found.signal_kind not in ("certainty", "halt_logit"):
+        return None
+    values = found.signal if found.signal_kind == "certainty" else 1 / (1 + np.exp(-found.signal))
+    return [float(value) for value in values]

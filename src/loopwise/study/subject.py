@@ -1,6 +1,7 @@
 """Whom to ask, and with what: a checkpoint of any family that is read here, and data that suits it."""
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,15 @@ from loopwise.tasks.pointer_chasing import PointerChasing, PointerChasingConfig
 from loopwise.tasks.sudoku import Sudoku, SudokuConfig
 
 TASKS = ("pointer-chasing", "mazes", "sudoku", "parity")
+ONLY_FOR = {
+    "rule": ("calibration", "adaptivity"),
+    "cost": ("exits",),
+    "number": ("grid", "lens", "convergence"),
+    "push": ("convergence",),
+    "tolerance": ("convergence",),
+    "others": ("depth",),
+}
+"""Settings that only some questions read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +54,8 @@ class StudyConfig:
     """Loops to run. None: what suits the question, such as twice the trained range for `depth`."""
     rule: str | None = None
     """Exit rule of `calibration` and `adaptivity`; None: the model's own signal at its default."""
+    others: tuple[str, ...] = ()
+    """Further checkpoints for `depth`, such as other seeds of the same training; bands are then over all of them."""
     cost: Literal["loops", "flops", "kv_bytes"] = "loops"
     """What stands below the curves of `exits`."""
     number: int = 0
@@ -51,7 +63,7 @@ class StudyConfig:
     push: float = 0.1
     """Length of the push of `convergence`, as a share of the state's norm."""
     tolerance: float = 0.01
-    """`convergence`: a state that changes by a smaller share rests."""
+    """A state that changes by a smaller share rests, for `convergence`."""
     seed: int = 0
     """Of problems made in code, of shuffles and of pushes."""
     start: int | Literal["zero"] | None = None
@@ -155,6 +167,21 @@ def _boards(model: LoopModel, data: str, config: StudyConfig, units: int) -> lis
     if isinstance(model, CTM) and mazes == MazesConfig() and model.config.places is not None:
         mazes = dataclasses.replace(mazes, form="route", moves=model.config.places)
     return of_task(Mazes(mazes), seed=config.seed, count=units, rows=64)
+
+
+def check_settings(question: str, given: Collection[str]) -> None:
+    """Refuse a setting that this question would not read.
+
+    Args:
+        given: names of the settings that were typed.
+
+    Raises:
+        ConfigError: it says which questions read it.
+    """
+    for name in given:
+        readers = ONLY_FOR.get(name)
+        if readers is not None and question not in readers and (question != "report" or name == "others"):
+            raise ConfigError(f"{name}= has no effect on {question}; only {', '.join(readers)} read it: leave it out")
 
 
 def facts(config: StudyConfig) -> dict[str, Any]:
