@@ -24,7 +24,6 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
+FOLDER = Path("runs/benchmarks/served")
 CLOSED, CAPACITY_SECONDS, OPEN_SECONDS, SHARE = 32, 12.0, 60.0, 0.7
 POLICY, TEMPERATURE, SEED = "last_exited", 0.8, 0
 
@@ -209,10 +209,9 @@ def shipped() -> Any:
 
     model = loopwise.load("shipped", dtype="float32")
     data = of_text(Corpus("python"), model.tokenizer, units=12_000, length=256, most_documents=4)
-    with tempfile.TemporaryDirectory() as folder:
-        loopwise.save(model, folder)
-        write_ladder(model, calibrate_ladder(model, data, rounds=1), Path(folder))
-        return loopwise.load(folder, dtype="float32")
+    loopwise.save(model, FOLDER)
+    write_ladder(model, calibrate_ladder(model, data, rounds=1), FOLDER)
+    return loopwise.load(FOLDER, dtype="float32")
 
 
 def wide() -> Any:
