@@ -12,6 +12,8 @@ from loopwise.hub.ctm import load_ctm
 from loopwise.loops.drivers import run_until, unroll
 from loopwise.models.ctm import CTM, CTMState, certainty
 from loopwise.models.ctm_config import CTMConfig
+from loopwise.study.costs import count_costs
+from loopwise.study.examples import Examples
 from loopwise.testing import check_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -127,6 +129,14 @@ def test_samples_that_are_certain_leave() -> None:
     assert torch.equal(outcome.loops, expected)
     assert len(outcome.loops.unique()) > 1
     torch.testing.assert_close(outcome.prediction, full.logits[outcome.loops - 1, torch.arange(30)])
+
+
+def test_costs_are_counted_where_a_query_reads_the_learned_start_itself() -> None:
+    config = replace(SMALL, pairing="none", out_neurons=0, action_neurons=0)
+    inputs = inputs_of(config)
+    costs = count_costs(made(config), Examples(inputs=inputs, targets=torch.zeros(4, 3, dtype=torch.long)))
+    assert costs.readout == 2 * 10 * 12
+    assert costs.per_loop > 2 * (10 * 8 + 18 * 20)
 
 
 def test_certainty_of_known_chances() -> None:

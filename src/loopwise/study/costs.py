@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from loopwise.loops.protocol import LoopModel, first_tensor
+from loopwise.loops.protocol import LoopModel, first_tensor, tree_map
 from loopwise.models.accounting import count_flops, kv_bytes
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.study.examples import Examples
@@ -66,7 +66,8 @@ def count_costs(model: LoopModel, examples: Examples) -> Costs:
         return result
 
     context = counted(lambda: model.encode(examples.inputs, **examples.options))
-    start = model.initial_state(context)
+    # Where a start is a view of a parameter, torch calls it differentiable even here, and the counter then stumbles.
+    start = tree_map(torch.Tensor.detach, model.initial_state(context))
     state = counted(lambda: model.step(start, context, 1))
     counted(lambda: model.readout(state, context))
     units = _units(model, state, context, examples)
