@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -221,3 +222,13 @@ def test_what_is_no_input_is_refused() -> None:
         made().encode(inputs_of(SMALL), padding_mask=None)
     with pytest.raises(ConfigError, match="start is learned"):
         made().initial_state(made().encode(inputs_of(SMALL)), 3)
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "ctm.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(block, "docs/ctm.md", "exec"), names)
+    assert names["right"] > 0.9
+    assert names["again"].config == names["config"]
