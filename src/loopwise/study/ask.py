@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from loopwise.errors import ConfigError, InputError
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.study.adaptivity import adaptivity
@@ -174,15 +176,17 @@ def _adaptivity(studies: Studies) -> Answer:
 
 def _calibration(studies: Studies) -> Answer:
     found = calibration(studies.record(studies.trained), rule=studies.config.rule)
-    best = max(
-        range(len(found.signals)),
-        key=lambda row: (found.auroc_exit[row] == found.auroc_exit[row], found.auroc_exit[row]),
-    )
     lines = [
         f"ECE {found.ece[-1]:.3f} at loop {found.loops[-1]}, {found.at_exit.ece:.3f} at the exit of {found.rule} "
-        f"({found.mean_exit:.2f} loops)",
-        f"the best sign of a wrong answer at the exit: {found.signals[best]}, AUROC {found.auroc_exit[best]:.3f}",
+        f"({found.mean_exit:.2f} loops)"
     ]
+    if np.isnan(found.auroc_exit).all():
+        lines.append("units at the exit are all right or all wrong, so nothing can foretell which is which")
+    else:
+        best = int(np.nanargmax(found.auroc_exit))
+        lines.append(
+            f"the best sign of a wrong answer at the exit: {found.signals[best]}, AUROC {found.auroc_exit[best]:.3f}"
+        )
     return _told(
         "calibration",
         studies,

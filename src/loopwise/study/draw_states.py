@@ -246,12 +246,14 @@ def faithfulness_figure(found: Faithfulness) -> "Figure":
         **spots[2],
     )
     figure.update_xaxes(title="loop", showgrid=False, **spots[0])
-    figure.update_yaxes(title="loop", showgrid=False, autorange="reversed", **spots[0])
+    step = max(1, len(found.loops) // 8)
+    figure.update_yaxes(title="loop", showgrid=False, autorange="reversed", dtick=step, **spots[0])
     figure.update_xaxes(title="loops", **spots[1])
     figure.update_yaxes(title="share of units", rangemode="tozero", **spots[1])
     figure.update_xaxes(title="answer of loop", showgrid=False, **spots[2])
     figure.update_yaxes(title="state after loop (0: start)", showgrid=False, autorange="reversed", **spots[2])
-    figure.update_xaxes(dtick=max(1, len(found.loops) // 8))
+    figure.update_xaxes(dtick=step)
+    figure.update_yaxes(dtick=step, **spots[2])
     dress(
         figure,
         f"Do later loops decide anything? {found.model}",
@@ -265,7 +267,7 @@ def faithfulness_figure(found: Faithfulness) -> "Figure":
 def grid_figure(found: Grid) -> "Figure":
     """The board loop by loop: answer, certainty and attention, to be played or stepped through."""
     marks = _marks(found)
-    names = ["Answer"]
+    names = ["Answer (light: right)" if _digits(found) else "Answer (light: on the route)"]
     names += ["Probability of the answer"] if found.sure is not None else []
     names += ["Attention, mean of the heads"] if found.attention is not None else []
     across = len(names)
@@ -278,9 +280,10 @@ def grid_figure(found: Grid) -> "Figure":
     ]
     for index in range(across):
         spot = place(index, across)
-        figure.update_xaxes(showgrid=False, showticklabels=False, constrain="domain", **spot)
+        figure.update_xaxes(showgrid=False, zeroline=False, showticklabels=False, constrain="domain", **spot)
         figure.update_yaxes(
             showgrid=False,
+            zeroline=False,
             showticklabels=False,
             autorange="reversed",
             scaleanchor=f"x{index + 1 if index else ''}",
@@ -310,8 +313,10 @@ def grid_figure(found: Grid) -> "Figure":
         legend=False,
     )
     figure.update_layout(
+        # What is not asked, walls above all, is clear in the boards and shows this.
+        plot_bgcolor="rgba(128,128,128,0.35)",
         margin={"b": 150},
-        sliders=[{"steps": steps, "currentvalue": {"prefix": "loop "}, "pad": {"t": 30}, "x": 0.1, "len": 0.9}],
+        sliders=[{"steps": steps, "currentvalue": {"prefix": "loop "}, "pad": {"t": 30}, "x": 0.14, "len": 0.86}],
         updatemenus=[
             {
                 "type": "buttons",
@@ -321,8 +326,8 @@ def grid_figure(found: Grid) -> "Figure":
                 "xanchor": "left",
                 "yanchor": "top",
                 "buttons": [
-                    {"label": "▶", "method": "animate", "args": [None, play]},
-                    {"label": "⏸", "method": "animate", "args": [[None], still]},
+                    {"label": "play", "method": "animate", "args": [None, play]},
+                    {"label": "stop", "method": "animate", "args": [[None], still]},
                 ],
             }
         ],
@@ -331,12 +336,11 @@ def grid_figure(found: Grid) -> "Figure":
 
 
 def _boards(found: Grid, loop: int, marks: list[list[list[str]]]) -> list[Any]:
-    classes = max(int(found.answer.max()), int(found.wanted.max()), 1)
-    shown = found.answer[loop].astype(np.float64)
-    shown[found.answer[loop] < 0] = np.nan
-    boards = [
-        _board(shown, text=marks[loop], zmin=0, zmax=classes, hover="%{text}<br>class %{z}"),
-    ]
+    said = found.answer[loop]
+    # Where there are more than two classes, colour says whether the one in the cell is right.
+    shown = said.astype(np.float64) if not _digits(found) else (said == found.wanted).astype(np.float64)
+    shown[said < 0] = np.nan
+    boards = [_board(shown, text=marks[loop], zmin=0, zmax=1, hover="%{text} %{z}")]
     if found.sure is not None:
         boards.append(_board(found.sure[loop], zmin=0, zmax=1, hover="%{z:.3f}"))
     if found.attention is not None:
@@ -363,17 +367,22 @@ def _board(
 
 def _marks(found: Grid) -> list[list[list[str]]]:
     """What stands in each cell: the given mark; else, of boards with more than two classes, the class said."""
-    digits = int(found.wanted.max()) > 1
+    digits = _digits(found)
     return [
         [
             [
-                mark or (f"{said}" if digits and said >= 0 else "")
+                ("" if mark == "#" else mark) or (f"{said}" if digits and said >= 0 else "")
                 for mark, said in zip(marks, line_.tolist(), strict=True)
             ]
             for marks, line_ in zip(found.given, board, strict=True)
         ]
         for board in found.answer
     ]
+
+
+def _digits(found: Grid) -> bool:
+    """Whether cells hold one of several classes, and not a mark or none."""
+    return int(found.wanted.max()) > 1
 
 
 def _token_axis(update: Any, tokens: tuple[str, ...]) -> None:

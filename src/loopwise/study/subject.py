@@ -186,4 +186,4 @@ def check_settings(question: str, given: Collection[str]) -> None:
 
 def facts(config: StudyConfig) -> dict[str, Any]:
     """What was asked with, for the files of results."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    return {name: value for name, value in dataclasses.asdict(config).items() if value is not None and value != ()}
