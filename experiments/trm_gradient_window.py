@@ -351,8 +351,8 @@ def report(results: Results) -> Page:
         ],
         caption="The model of the last recursion when puzzles leave the batch of 250 as soon as their halting logit "
         f"exceeds the threshold, chosen on {sizes.far_tests} other puzzles. Time: wall seconds over those of all "
-        f"loops, median and range of {sizes.rounds} turns. Correlation: loops with difficulty, the rounds of filling in "
-        "(bootstrap over puzzles).",
+        f"loops, median and range of {sizes.rounds} turns. Correlation: loops with difficulty, the rounds of filling "
+        "in (bootstrap over puzzles).",
     )
     drawn = figure(x="loops", y="puzzles solved, %")
     for index, (window, curves) in enumerate(zip(windows, far, strict=True)):
@@ -366,8 +366,8 @@ def report(results: Results) -> Page:
         tables=[main, deeper, early],
         notes=f"One loop is one segment of deep supervision: {sizes.cycles} recursions of {sizes.inner_cycles} updates "
         "of the latent and one of the answer. All windows compute the same forward pass and take the same "
-        f"{sizes.steps:,} steps, so what is compared is what a step teaches, not what a second buys; wider windows cost "
-        "more seconds. "
+        f"{sizes.steps:,} steps, so what is compared is what a step teaches, not what a second buys; wider windows "
+        "cost more seconds. "
         f"The whole loop against the last recursion: {more.text(1, 100, sign=True)} points. "
         "Against the paper: smaller grids, AdamW in place of AdamATan2, a higher rate and less weight decay, "
         f"{sizes.loops} loops in place of 16. The dashed line marks the loops of training; bands run from the least to "
@@ -387,7 +387,8 @@ EXPERIMENT = Experiment(
     title="The gradient window of a tiny recursive model",
     question="A tiny recursive model (TRM, MLP across places) learns sudoku from a thousand puzzles under deep "
     "supervision. Within a loop, gradient flows through the last update of latent and answer alone, "
-    "through the last recursion, or through the whole loop. Then the second of these answers with samples leaving the batch when they are sure.",
+    "through the last recursion, or through the whole loop. "
+    "Then the second of these answers with samples leaving the batch when they are sure.",
     settings={"small": SMALL, "full": FULL},
     variants=lambda setting: (STEP, RECURSION, ALL, SAVING),
     measure=of,
