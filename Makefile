@@ -73,7 +73,7 @@ $(RUN): pyproject.toml constraints.txt Makefile scripts/install.py $(OTHER_CHOIC
 	@command -v '$(PYTHON)' >/dev/null || { echo "error: there is no $(PYTHON) here; type: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), and Loopwise needs 3.11 or newer; type: make PYTHON=python3.11" >&2; exit 1; }
-	@$(INSTALL)
+	@$(INSTALL) --extras=study
 	@touch $@
 
 $(DEV): $(RUN)

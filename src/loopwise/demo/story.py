@@ -22,7 +22,9 @@ from loopwise.hub.locate import SHIPPED
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.studio import page
 from loopwise.studio.terminal import print_tinted
+from loopwise.study import report as study_report
 from loopwise.study.speed import SpeedUp
+from loopwise.study.subject import StudyConfig, open_subject
 from loopwise.tasks.corpus import Corpus
 from loopwise.tasks.pointer_chasing import PointerChasing
 from loopwise.trace import LoopTrace
@@ -79,7 +81,14 @@ def tell(options: DemoOptions, console: Console) -> None:
         tables=[_staircase_table(staircase), _loops_table(report), _threshold_table(report, speed)],
         next_commands=_next_commands(options),
     )
-    _heading(console, "4", "Look around", f"open {written} in a browser: drag the threshold, hover over a token")
+    told = _write_report(options)
+    _heading(
+        console,
+        "4",
+        "Look around",
+        f"open {written} in a browser: drag the threshold, hover over a token. {told} answers what the new language model "
+        "does with its loops: what each is worth, what it costs, whether it knows when to stop, where its states go.",
+    )
     for line in _next_commands(options):
         console.print(f"   [bold]{line}[/bold]", highlight=False)
     console.print()
@@ -369,9 +378,18 @@ def _threshold_table(report: LanguageReport, speed: SpeedUp) -> page.Table:
     )
 
 
+def _write_report(options: DemoOptions) -> Path:
+    """The study of the language model that was just trained, one page."""
+    model = options.folder / "text"
+    config, subject = StudyConfig(), open_subject(str(model))
+    answers = study_report.report(subject, config)
+    return study_report.write_page(options.folder / "report.html", answers, subject, config)
+
+
 def _next_commands(options: DemoOptions) -> list[str]:
     model = options.folder / "text"
     return [
+        f"loopwise studio {model}",
         f'loopwise generate {model} "def " temperature=0.7 exit=hazard:0.5 --show-loops',
         f"loopwise info {model}",
         "loopwise train --preset ouro-tiny corpus=PATH_TO_YOUR_TEXT loops=4 width=256",
@@ -382,7 +400,7 @@ def _clear(folder: Path) -> None:
     """Empty the demo's own folder; refuse to touch anything else."""
     if not folder.exists():
         return
-    strangers = [path.name for path in folder.iterdir() if path.name not in ("hops", "text")]
+    strangers = [path.name for path in folder.iterdir() if path.name not in ("hops", "text", "report.html")]
     if strangers:
         raise ConfigError(f"{folder} holds {strangers[0]}, which is not the demo's; give another folder=...")
     shutil.rmtree(folder)
