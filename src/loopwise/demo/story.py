@@ -86,8 +86,8 @@ def tell(options: DemoOptions, console: Console) -> None:
         console,
         "4",
         "Look around",
-        f"open {written} in a browser: drag the threshold, hover over a token. {told} answers what the new language model "
-        "does with its loops: what each is worth, what it costs, whether it knows when to stop, where its states go.",
+        f"open {written} in a browser: drag the threshold, hover over a token. {told} tells what the new language "
+        "model does with its loops: what each is worth, whether it knows when to stop, where its states go.",
     )
     for line in _next_commands(options):
         console.print(f"   [bold]{line}[/bold]", highlight=False)
@@ -194,6 +194,7 @@ def _reindexed(
         signals=pick(trace.signals),
         losses=None,
         entropy=pick(trace.entropy),
+        kl=pick(trace.kl),
         top_ids=trace.top_ids[np.where(given, 0, order)],
         top_probs=pick(trace.top_probs),
         vocabulary={i: task.pieces([i])[0] for i in range(task.vocab_size)},
