@@ -1,6 +1,6 @@
 """The server under load, beside the engine that answers without one.
 
-    python benchmarks/serving.py load [shipped|wide]    about 2 minutes on two cores; leave the machine alone meanwhile
+    python benchmarks/serving.py load [shipped|exact|wide]    about 2 minutes on two cores; leave the machine alone meanwhile
     python benchmarks/serving.py efforts                about 1 minute
 
 load      The server on a loopback port, its clients in another process. First its capacity: 32 clients that always ask
@@ -8,8 +8,9 @@ load      The server on a loopback port, its clients in another process. First i
           to 192 tokens, all efforts in turn, every second answer streamed. Every answer is compared with the engine's
           own without a server, text and loops. Bars: no wrong answer; the server's CPU seconds per token under 10% of
           the engine's (the client is a process of its own and not counted). `shipped` is the checkpoint of 0.7 million
-          parameters that comes with Loopwise, with a measured ladder; `wide` has 17 million at random, since a server
-          costs the same for every model.
+          parameters that comes with Loopwise, with a measured ladder, in float32, where rounding may choose another token
+          once in some 100,000; `exact` is the same in float64; `wide` has 17 million at random, since a server costs
+          the same for every model.
 efforts   The shipped checkpoint with a measured ladder: loss on held-out text at every rung, the continuation's own
           tokens followed by the engine, and seconds per token of answers over HTTP. Bars: loss does not rise with
           effort within the 95% interval of the paired difference over texts; time rises.
@@ -199,7 +200,12 @@ def serving(model: Any) -> Iterator[Served]:
         thread.join()
 
 
-def shipped() -> Any:
+def exact() -> Any:
+    """The shipped checkpoint in float64, where another batch cannot choose another token by rounding."""
+    return shipped("float64")
+
+
+def shipped(dtype: str = "float32") -> Any:
     """The shipped checkpoint with a ladder that was measured just now."""
     import loopwise
     from loopwise.engine.ladder import write_ladder
@@ -211,7 +217,7 @@ def shipped() -> Any:
     data = of_text(Corpus("python"), model.tokenizer, units=12_000, length=256, most_documents=4)
     loopwise.save(model, FOLDER)
     write_ladder(model, calibrate_ladder(model, data, rounds=1), FOLDER)
-    return loopwise.load(FOLDER, dtype="float32")
+    return loopwise.load(FOLDER, dtype=dtype)
 
 
 def wide() -> Any:
@@ -273,7 +279,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def load(name: str) -> dict[str, Any]:
-    model = {"shipped": shipped, "wide": wide}[name]()
+    model = {"shipped": shipped, "exact": exact, "wide": wide}[name]()
     ample = make_asks(model, 20_000, first=1_000_000)
     with serving(model) as served:
         client(served.url, ample[:64], seconds=3.0, rate=None)  # warms up
@@ -404,6 +410,15 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["client"], ["load"], ["load", "shipped"], ["load", "wide"], ["efforts"]):
-        sys.exit("type: python benchmarks/serving.py load [shipped|wide], or: python benchmarks/serving.py efforts")
+    if sys.argv[1:] not in (
+        ["client"],
+        ["load"],
+        ["load", "shipped"],
+        ["load", "exact"],
+        ["load", "wide"],
+        ["efforts"],
+    ):
+        sys.exit(
+            "type: python benchmarks/serving.py load [shipped|exact|wide], or: python benchmarks/serving.py efforts"
+        )
     main(sys.argv[1:])
