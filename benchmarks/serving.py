@@ -1,16 +1,16 @@
 """The server under load, beside the engine that answers without one.
 
-    python benchmarks/serving.py load [shipped|exact|wide]    about 2 minutes on two cores; leave the machine alone meanwhile
-    python benchmarks/serving.py efforts                about 1 minute
+    python benchmarks/serving.py load [shipped|exact|wide]    about 2 minutes on two cores; leave the machine alone
+    python benchmarks/serving.py efforts                      about 1 minute
 
 load      The server on a loopback port, its clients in another process. First its capacity: 32 clients that always ask
           again. Then open Poisson arrivals at 0.7 of it for 60 s: prompts of 64 tokens of held-out text, answers of 32
           to 192 tokens, all efforts in turn, every second answer streamed. Every answer is compared with the engine's
           own without a server, text and loops. Bars: no wrong answer; the server's CPU seconds per token under 10% of
           the engine's (the client is a process of its own and not counted). `shipped` is the checkpoint of 0.7 million
-          parameters that comes with Loopwise, with a measured ladder, in float32, where rounding may choose another token
-          once in some 100,000; `exact` is the same in float64; `wide` has 17 million at random, since a server costs
-          the same for every model.
+          parameters that comes with Loopwise, with a measured ladder, in float32, where rounding may once in some
+          100,000 tokens choose another; `exact` is the same in float64; `wide` has 17 million at random, since a server
+          costs the same for every model.
 efforts   The shipped checkpoint with a measured ladder: loss on held-out text at every rung, the continuation's own
           tokens followed by the engine, and seconds per token of answers over HTTP. Bars: loss does not rise with
           effort within the 95% interval of the paired difference over texts; time rises.
