@@ -30,10 +30,10 @@ INPUTS = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
 
 def documented() -> dict[str, Any]:
     """Names that the Python blocks of the page define, run one after the other."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "new-model.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-model.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {"__name__": "documented"}
     for block in blocks:
-        exec(compile(block, "docs/new-model.md", "exec"), names)
+        exec(compile(block, "docs/adding-a-model.md", "exec"), names)
     return names
 
 
