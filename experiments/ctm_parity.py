@@ -307,8 +307,8 @@ def report(results: Results) -> Page:
     if results.interval(most, "full").mean >= 0.5:
         enough = saved.mean >= 0.25 and max(lost) <= 0.01
         verdict += (
-            f" With {most}, stopping when certain saves {saved.text(0, 100, '%')} of the measured time and costs at most "
-            f"{100 * max(lost):.1f} points, {'as' if enough else 'less than'} was aimed at (25% within one point)."
+            f" With {most}, stopping when certain saves {saved.text(0, 100, '%')} of the measured time and costs at "
+            f"most {100 * max(lost):.1f} points, {'as' if enough else 'less than'} was aimed at (25% within one point)."
         )
     ranks = [record["rank"] for record in results.records[most].values()]
     rank_text = ", ".join(
