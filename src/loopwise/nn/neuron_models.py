@@ -45,8 +45,7 @@ class NeuronModels(nn.Module):
         super().__init__()
         widths = [memory, 1] if hidden is None else [memory, hidden, 1]
         self.layers = nn.ModuleList(
-            NeuronLinear(neurons, before, 2 * after, norm=norm, dropout=dropout)
-            for before, after in pairwise(widths)
+            NeuronLinear(neurons, before, 2 * after, norm=norm, dropout=dropout) for before, after in pairwise(widths)
         )
 
     def forward(self, history: Float[Tensor, "neurons memory rows"]) -> Float[Tensor, "neurons rows"]:
