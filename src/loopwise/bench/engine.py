@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from loopwise.engine.engine import Engine
 from loopwise.engine.request import Replay
+from loopwise.engine.runner import measure_ticks
 from loopwise.engine.sampling import Sampling
 from loopwise.errors import ConfigError
 from loopwise.loops.exits import parse_rule
@@ -82,6 +83,8 @@ class Served:
     """Until the last request had been let in: every seat was taken."""
     steady_tokens: int
     ticks: int
+    decoding_seconds: float
+    """From each answer's first token to its last, added up: prompts and their chunks are left out."""
 
 
 def serve(
@@ -111,6 +114,7 @@ def serve(
         steady_seconds=steady_seconds,
         steady_tokens=steady_tokens,
         ticks=core.counts.ticks - ticks,
+        decoding_seconds=sum(one.seconds - one.prompt_seconds for one in done),
     )
 
 
@@ -269,8 +273,10 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
     """One request at a time, greedy: against memory bandwidth, and with drafts against what their acceptance allows.
 
     Plain decoding reads the core R times and the head once per token; nothing can be faster than the machine reads
-    that. A draft that settles after s loops of R lets a token be made every s ticks instead of R; c is what a tick
-    costs with the rows that are then in flight, over one with a single row.
+    that. A draft that settles after s loops of R lets a token be made every s ticks instead of R. c is what the model
+    takes for a tick of the R / s rows that are then in flight, each of them read out, over a tick of plain decoding:
+    one row, read out in every R-th. It is measured beside the engine on contexts of the same length; what scheduling,
+    choosing and the windows of drafts take besides is not in it. Prompts are in neither side.
     """
     prompts, loops = load.prompts(model)[: load.rounds], model.config.loops
     sampling = Sampling(max_tokens=load.tokens, temperature=load.temperature, ignore_eos=True)
@@ -284,7 +290,9 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
     # In turn with the others: what memory gives changes within minutes.
     runs = take_turns({"bandwidth": read_bandwidth, **sides}, load.rounds)
     bandwidth = runs.pop("bandwidth")
-    per_token = {name: [run.seconds / (run.tokens - len(prompts)) for run in found] for name, found in runs.items()}
+    per_token = {
+        name: [run.decoding_seconds / (run.tokens - len(prompts)) for run in found] for name, found in runs.items()
+    }
     core = sum(weight.nbytes for weight in model.core.parameters())
     adapter = 0 if model.adapter is None else sum(weight.nbytes for weight in model.adapter.parameters())
     outside = sum(weight.nbytes for part in (model.prelude, model.coda) for weight in part.parameters())
@@ -296,25 +304,37 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
         "plain_tokens_per_second": median([1 / seconds for seconds in per_token["plain"]]),
         "share_of_bandwidth": ratios([read / seconds for seconds in per_token["plain"]], bandwidth),
     }
+    if loops == 1:
+        return out  # there is no loop to draft after
+    cost = draft_cost(engines["plain"]._core.runner.model, loops, load.prompt + load.tokens // 2)
     for name in ("drafts", "auto"):
         speculator = engines[name]._core.speculator
-        if speculator is None:
+        if speculator is None or not speculator.settled:
             continue
         speedup = ratios(per_token["plain"], per_token[name])
-        out[name] = {"speedup": speedup, "acceptance": speculator.acceptance, "mean_settling_loop": speculator.settles}
-        curve = speculator.costs
-        flight = speculator.flight
-        out[name] |= {
-            "tick_cost_of_flight": curve(flight) / curve(1),
-            "rows_in_flight": flight,
-            "predicted": loops / speculator.settles / (curve(flight) / curve(1)),
+        settling = speculator.mean_settling
+        predicted = loops / settling / cost(loops / settling)
+        out[name] = {
+            "speedup": speedup,
+            "acceptance": speculator.acceptance,
+            "mean_settling_loop": settling,
+            "rows_in_flight": loops / settling,
+            "tick_cost_of_flight": cost(loops / settling),
+            "predicted": predicted,
+            "share_of_prediction": speedup["median"] / max(1.0, predicted),
+            "ticks_saved": statistics.median(run.ticks for run in runs["plain"])
+            / statistics.median(run.ticks for run in runs[name]),
         }
-        out[name]["share_of_prediction"] = speedup["median"] / max(1.0, out[name]["predicted"])
-    speculator = engines["drafts"]._core.speculator
-    if speculator is not None:
-        curve = speculator.costs
-        out["tick_cost"] = {str(rows): curve(rows) / curve(1) for rows in range(1, loops + 1)}
+    out["tick_cost"] = {str(rows): cost(rows) for rows in range(1, loops + 1)}
     return out
+
+
+def draft_cost(model: LoopedLM, loops: int, context: int) -> Callable[[float], float]:
+    """What a tick of n rows that are all read out costs the model, over a tick of plain decoding; see `one_request`."""
+    looped = measure_ticks(model, loops, context=context, read=False)
+    read = measure_ticks(model, loops, context=context)
+    plain = looped(1) + (read(1) - looped(1)) / loops
+    return lambda rows: read(rows) / plain
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from loopwise.engine.answer import Emission
 from loopwise.engine.judge import Judge
 from loopwise.engine.request import Choice, Chunk, Request, Row, Stage
 from loopwise.engine.runner import Runner
-from loopwise.engine.sampling import Draw, choose_batch
+from loopwise.engine.sampling import Draw, choose_batch, pick
 from loopwise.engine.scheduler import Plan, Scheduler
 from loopwise.engine.speculation import Speculator
 from loopwise.memory.paged import BOUNDARY
@@ -109,8 +109,9 @@ class Core:
         """Read every row that stopped or that may start the next position; confirm what is certain."""
         jobs = [(request, row) for request, row in rows if self._speaks(request, row)]
         if jobs:
-            places = torch.tensor([row.launched for _, row in jobs], device=self.runner.device)
-            for (request, row), choice in zip(jobs, self._choose(jobs, after[places]), strict=True):
+            if len(jobs) < len(rows):
+                after = after[torch.tensor([row.launched for _, row in jobs], device=self.runner.device)]
+            for (request, row), choice in zip(jobs, self._choose(jobs, after), strict=True):
                 if row.seat < 0:
                     continue  # dropped meanwhile: an earlier row of its request became certain and disagreed
                 if row.left and row.position == len(request.left):
@@ -147,12 +148,16 @@ class Core:
             )
             for request, position in places
         ]
-        chosen = choose_batch(logits, draws)
-        tokens, logprobs = chosen.tokens.tolist(), chosen.logprobs.tolist()
         tops: list[tuple[tuple[int, float], ...]] = [()] * len(places)
-        if chosen.top_ids is not None and chosen.top_logprobs is not None:
-            pairs = zip(chosen.top_ids.tolist(), chosen.top_logprobs.tolist(), strict=True)
-            tops = [tuple((i, p) for i, p in zip(ids, chances, strict=True) if i >= 0) for ids, chances in pairs]
+        picked = pick(logits, draws)
+        if picked is not None:
+            tokens, logprobs = picked
+        else:
+            chosen = choose_batch(logits, draws)
+            tokens, logprobs = chosen.tokens.tolist(), chosen.logprobs.tolist()
+            if chosen.top_ids is not None and chosen.top_logprobs is not None:
+                pairs = zip(chosen.top_ids.tolist(), chosen.top_logprobs.tolist(), strict=True)
+                tops = [tuple((i, p) for i, p in zip(ids, chances, strict=True) if i >= 0) for ids, chances in pairs]
         for number, (request, position) in enumerate(places):
             forced = request.forced_token(position + 1)
             if forced is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loopwise.engine.request import Request, Row
 from loopwise.engine.runner import Runner
-from loopwise.loops.exits import ExitRule, Fixed, Observation, Tracker
+from loopwise.loops.exits import ExitRule, Fixed, Hazard, Observation, Tracker
 
 
 def planned_exit(request: Request, row: Row) -> int | None:
@@ -122,6 +122,24 @@ class Bench:
         return len(self._rows)
 
 
+def _ask_hazards(
+    rule: Hazard, members: Sequence[tuple[Request, Row]], hazards: Sequence[float]
+) -> list[tuple[Request, Row]]:
+    """The rule's own arithmetic, in the same float64, on numbers that rows carry: the most common rule asks no bench.
+
+    Args:
+        hazards: of the whole launch.
+    """
+    stopped = []
+    for request, row in members:
+        going_on = row.survival * (1 - hazards[row.launched])
+        if going_on < row.survival:  # not for NaN
+            row.survival = going_on
+        if rule.threshold < 1 and 1 - going_on >= rule.threshold and row.loop >= request.sampling.min_loops:
+            stopped.append((request, row))
+    return stopped
+
+
 class Judge:
     """All benches: one for each rule that somebody runs under."""
 
@@ -161,6 +179,9 @@ class Judge:
         # Before the others are judged: a bench is fastest when all its rows have run.
         self.forget(stopped)
         for rule, members in open_rows.items():
+            if isinstance(rule, Hazard) and signal is not None:
+                stopped += _ask_hazards(rule, members, signal.tolist())
+                continue
             leaving = self._ask(rule, members, before, after, signal)
             self.forget(leaving)
             stopped += leaving

@@ -69,6 +69,8 @@ class Row:
     """The state it stopped at, kept while it runs on before that state was read for good."""
     signals: list[float] = field(default_factory=list)
     """The model's signal after each of its loops, where it was asked for."""
+    survival: float = 1.0
+    """The chance of having gone on so far, by its hazards, where its rule is Q-exit."""
     watched: bool = False
     """Whether its exit rule already keeps memory of it."""
     launched: int = -1

@@ -16,7 +16,8 @@ from loopwise.engine.speculation import CostCurve, measure_costs
 from loopwise.loops.planes import parse_policy
 from loopwise.memory.paged import BOUNDARY, Layout, PagedMemory
 from loopwise.models.looped_lm import LMContext, LoopedLM
-from loopwise.nn.kernels import fast_twin, linear
+from loopwise.nn.fast import fast_model
+from loopwise.nn.kernels import linear
 from loopwise.nn.rotary import Rotary
 
 PAGE = 16
@@ -53,7 +54,7 @@ class Runner:
 
     def __init__(self, model: LoopedLM, memory: PagedMemory) -> None:
         # The same weights; on a CPU, products of few rows read each matrix once, at the speed of memory.
-        self.model = fast_twin(model)
+        self.model = fast_model(model)
         self.memory = memory
         self.device = model.embed.weight.device
         self.seats = Seats(
@@ -63,6 +64,10 @@ class Runner:
             device=self.device,
         )
         self._rotary = model.rotary(torch.arange(256, device=self.device))
+        self._position_free = memory.boundary is None and model.config.start != "normal"
+        nowhere = torch.zeros(0, dtype=torch.long, device=self.device)
+        self._bare = LMContext(injected=self.seats.state[:0], rotary=self._rotary, positions=nowhere, memory=memory)
+        """What a readout without a coda is given: it looks at none of it."""
 
     def encode(self, rows: Sequence[tuple[Request, Row]], chunks: Sequence[tuple[Request, Chunk]]) -> None:
         """Embeddings, prelude and start states of rows and chunks that begin."""
@@ -70,10 +75,15 @@ class Runner:
             return
         for _, row in rows:
             row.seat = self.seats.take()
-        tokens = [row.token for _, row in rows]
+        numbers = [row.token for _, row in rows]
         for request, chunk in chunks:
-            tokens += request.prompt[chunk.first : chunk.last + 1]
-        context = self._context(rows, chunks, boundary=True, tokens=torch.tensor(tokens, device=self.device))
+            numbers += request.prompt[chunk.first : chunk.last + 1]
+        tokens = torch.tensor(numbers, device=self.device)
+        if self._position_free:
+            # Nothing looks at positions before the first loop, so any will do.
+            context = self.model.encode(tokens, positions=tokens, rotary=self._rotary, memory=self.memory)
+        else:
+            context = self._context(rows, chunks, boundary=True, tokens=tokens)
         state = self._start(context, rows, chunks)
         if rows:
             index = self._index(rows)
@@ -161,11 +171,8 @@ class Runner:
         chunks: Sequence[tuple[Request, Chunk]],
         states: Float[Tensor, "rows width"],
     ) -> Float[Tensor, "rows width"]:
-        if not len(self.model.coda):
-            nowhere = torch.zeros(0, dtype=torch.long, device=self.device)
-            context = LMContext(injected=states, rotary=self._rotary, positions=nowhere, memory=self.memory)
-        else:
-            context = self._context(rows, chunks, boundary=True, states=states)
+        coda = bool(len(self.model.coda))
+        context = self._context(rows, chunks, boundary=True, states=states) if coda else self._bare
         return self.model.read(states, context)
 
     def _index(self, rows: Sequence[tuple[Request, Row]]) -> Int[Tensor, " rows"]:
@@ -247,8 +254,13 @@ def layout_of(model: LoopedLM) -> Layout:
 
 
 @torch.inference_mode()
-def measure_ticks(model: LoopedLM, most: int) -> CostCurve:
-    """Seconds of one loop and one readout of n rows, by n; contexts are short, so attention hardly counts."""
+def measure_ticks(model: LoopedLM, most: int, *, context: int = 1, read: bool = True) -> CostCurve:
+    """Seconds of one loop of n rows, by n, for about `most` rows.
+
+    Args:
+        context: positions that each row reads; with few of them attention hardly counts.
+        read: whether each row is read out too.
+    """
     counts = [count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if count <= 2 * most + 8]
     config, weight = model.config, model.embed.weight
     layout = layout_of(model)
@@ -257,24 +269,27 @@ def measure_ticks(model: LoopedLM, most: int) -> CostCurve:
         layout,
         parse_policy("per_loop"),
         planes=1,
-        budget=seats * layout.group_bytes(1),
+        budget=seats * -(-context // layout.page) * layout.group_bytes(1),
         seats=seats,
         device=weight.device,
     )
     lists = [memory.open() for _ in range(seats)]
     for pages in lists:
         for plane in memory.stores(1, generated=True):
-            memory.place(pages, plane, 0, memory.pool(plane).take())
-            memory.write_at(pages, plane, 0, 0, generated=True)
+            for index in memory.missing(pages, plane, 0, context - 1):
+                memory.place(pages, plane, index, memory.pool(plane).take())
+            memory.write_at(pages, plane, 0, context - 1, generated=True)
+    for table in (*memory.core.keys.values(), *memory.core.values.values()):
+        table.zero_()
     states = torch.randn(seats, config.width, dtype=torch.float32).to(weight)
 
     def run(count: int) -> None:
         own = np.array([pages.seat for pages in lists[:count]])
-        places = np.zeros(count, dtype=np.int64)
+        places = np.full(count, context - 1, dtype=np.int64)
         memory.bind(own, np.ones(count, dtype=np.int64), places, weight.device)
-        where = torch.zeros(count, dtype=torch.long, device=weight.device)
-        context = LMContext(injected=states[:count], rotary=model.rotary(where), positions=where, memory=memory)
-        out = model.step(states[:count], context, 1)
-        linear(out, model.head_weight).argmax(-1).tolist()
+        where = torch.full((count,), context - 1, device=weight.device)
+        within = LMContext(injected=states[:count], rotary=model.rotary(where), positions=where, memory=memory)
+        out = model.step(states[:count], within, 1)
+        (linear(out, model.head_weight).argmax(-1) if read else out[:, 0]).tolist()
 
     return measure_costs(run, rows=counts)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from loopwise.errors import ConfigError
+from loopwise.nn.kernels.rows import pick_rows
 from loopwise.nn.noise import gumbel, gumbel_by_key, seed_keys
 
 _PREFIX = 512
@@ -276,6 +277,22 @@ def choose_batch(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> C
     )
 
 
+def pick(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> tuple[list[int], list[float]] | None:
+    """The tokens and log-probabilities of `choose_batch` in one call, where rows want no more and a kernel is there.
+
+    None for rows with penalties, biases, filters or likeliest tokens to report, and for greedy beside sampled ones.
+    """
+    settings = [row.sampling for row in rows]
+    if any(sampling.adjusts or sampling.filters or sampling.logprobs for sampling in settings):
+        return None
+    sampled = sum(sampling.temperature > 0 for sampling in settings)
+    if not sampled:
+        return pick_rows(logits, None)
+    if sampled < len(rows) or logits.numel() > _CPU_NUMBERS:
+        return None
+    return pick_rows(logits, _noisy(logits, rows))
+
+
 def _choose_rows(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> Int[Tensor, " rows"]:
     if len(rows) == 1:
         # Alone it is faster one by one: the noise of the next positions is drawn ahead, and drafts ask again and again.
@@ -324,19 +341,24 @@ def _choose_open(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> I
     could be left out, and few are.
     """
     count, vocab = logits.shape
+    step = max(1, _CPU_NUMBERS // vocab) if logits.device.type == "cpu" else count
+    parts = [slice(first, first + step) for first in range(0, count, step)]
+    return torch.cat([torch.argmax(_noisy(logits[part], rows[part]), dim=-1) for part in parts])
+
+
+def _noisy(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> Float64[Tensor, "rows vocab"]:
+    """Heated logits with their noise."""
+    vocab = logits.shape[1]
     ahead = _rows_ahead(vocab)
     blocks = {(row.sampling.seed, row.sample, row.position // ahead) for row in rows}
+    heated = _heated(logits, [row.sampling for row in rows])
     if len(blocks) == 1:
         # One request and its drafts, which ask for the same positions again and again.
-        noise = _noise_ahead(*blocks.pop(), ahead, vocab, logits.device)[[row.position % ahead for row in rows]]
-        return torch.argmax(noise + _heated(logits, [row.sampling for row in rows]), dim=-1)
-    step = max(1, _CPU_NUMBERS // vocab) if logits.device.type == "cpu" else count
-    ids = torch.arange(vocab, device=logits.device)
-    parts = [slice(first, first + step) for first in range(0, count, step)]
-    noisy = (
-        _noise(rows[part], ids).add_(_heated(logits[part], [row.sampling for row in rows[part]])) for part in parts
-    )
-    return torch.cat([torch.argmax(numbers, dim=-1) for numbers in noisy])
+        noise = _noise_ahead(*blocks.pop(), ahead, vocab, logits.device)
+        return heated + (
+            noise[rows[0].position % ahead] if len(rows) == 1 else noise[[row.position % ahead for row in rows]]
+        )
+    return _noise(rows, torch.arange(vocab, device=logits.device)).add_(heated)
 
 
 def _choose_filtered(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> Int[Tensor, " rows"]:

@@ -12,6 +12,7 @@ nearly free.
 
 import bisect
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ MOST = 7
 NEARLY_FREE = 1.15
 """A tick with drafts may take this much longer than without. The measured cost of a tick leaves out attention and what
 the host does for each row, so where rows are dear a small predicted gain would be none."""
+WORTHWHILE = 1.3
+"""It may take longer where so many times the tokens are predicted to come of it."""
+FILLING = 1.1
+"""A window may grow beyond what drafts need on average while a tick takes at most this much longer for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +137,13 @@ class Speculator:
         """Tokens whose row was already running when they became certain."""
         self.tokens = 0
         """Tokens that became certain while speculation was possible."""
+        self.settled: Counter[int] = Counter()
+        """Tokens by the loops after which their right draft ran; of rows that were read in time."""
         self._measure = measure
         self._costs: CostCurve | None = None
+        self._windows: dict[int, int] = {}
+        """Decisions by rows, kept while what was seen of drafts changes little."""
+        self._flight = 0.0
         self._loops = float(loops)
         # Hoped for until seen: the draft settles halfway.
         self._settles = max(float(settings.draft_loop), loops / 2)
@@ -150,6 +160,12 @@ class Speculator:
         return self._settles
 
     @property
+    def mean_settling(self) -> float:
+        """The same over all that was seen; NaN before the first."""
+        count = self.settled.total()
+        return sum(loops * tokens for loops, tokens in self.settled.items()) / count if count else float("nan")
+
+    @property
     def flight(self) -> float:
         """Rows that a request has in flight when nothing holds it back."""
         return max(1.0, self._loops / max(self._settles, 1.0))
@@ -160,20 +176,29 @@ class Speculator:
             return self.settings.window
         if rows == 0:
             return 0
+        if abs(self.flight - self._flight) > 0.02 * self._flight:
+            self._flight = self.flight
+            self._windows.clear()
+        if rows not in self._windows:
+            self._windows[rows] = self._weigh(rows)
+        return self._windows[rows]
+
+    def _weigh(self, rows: int) -> int:
         most = self.flight
         best, best_cost = 0, self.costs(rows)
         for window in range(1, MOST + 1):
             flight = min(window + 1.0, most)
             cost = self.costs(rows * flight) / flight
-            dear = self.costs(rows * flight) > NEARLY_FREE * self.costs(rows)
+            dear = self.costs(rows * flight) > NEARLY_FREE * self.costs(rows) and WORTHWHILE * cost > self.costs(rows)
             # A gain within the noise of the measurement is none.
             if cost < 0.97 * best_cost and not dear:
                 best, best_cost = window, cost
             if flight == most:
                 break
-        # Means hide that settled tokens come in runs: where even a full window is nearly free, it may be full.
+        # Means hide that settled tokens come in runs: where a fuller window costs little, it may be full.
         deepest = min(MOST, round(self._loops) - 1)
-        while 0 < best < deepest and self.costs(rows * (best + 2)) <= NEARLY_FREE * self.costs(rows):
+        allowed = max(NEARLY_FREE * self.costs(rows), FILLING * self.costs(rows * min(best + 1.0, most)))
+        while 0 < best < deepest and self.costs(rows * (best + 2)) <= allowed:
             best += 1
         return best
 
@@ -188,6 +213,7 @@ class Speculator:
         self.confirmed += settled < loops
         if not asked:
             return
+        self.settled[settled] += 1
         self._loops += 0.05 * (loops - self._loops)
         self._settles += 0.05 * (settled - self._settles)
 

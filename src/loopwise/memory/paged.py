@@ -4,7 +4,7 @@ Which plane a row reads is data, not control flow: rows of different requests at
 with its own row of the table. Axes: N rows of a launch, H heads, G key-value heads, K head width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,7 +83,7 @@ class PagedMemory:
         self._seats = list(range(seats - 1, -1, -1))
         self._table = np.zeros((seats, planes + 1, layout.page * 16), dtype=np.int32)
         self._readers = {
-            (loop, generated): np.array(policy.readers(loop, planes, generated=generated))
+            (loop, generated): _as_index(policy.readers(loop, planes, generated=generated))
             for loop in range(1, planes + 1)
             for generated in (False, True)
         }
@@ -94,10 +94,10 @@ class PagedMemory:
         }
         self._launch: _Launch | None = None
 
-    def _unwritten(self, left: int, *, generated: bool) -> Int[np.ndarray, " loops"]:
+    def _unwritten(self, left: int, *, generated: bool) -> "_Index":
         """Loops whose store holds nothing when a position stops after loop `left`; they follow the last written."""
         stores = [self.policy.store(loop, self.planes, generated=generated) for loop in range(1, self.planes + 1)]
-        return np.array([loop for loop, store in enumerate(stores, 1) if store not in stores[:left]], dtype=np.int64)
+        return _as_index([loop for loop, store in enumerate(stores, 1) if store not in stores[:left]])
 
     # Sequences and their pages
 
@@ -160,8 +160,9 @@ class PagedMemory:
     def write_at(self, pages: PageList, loop: int, first: int, last: int, *, generated: bool) -> None:
         """Point the readers of `loop` at these positions' own slots; loop 0 is prelude and coda."""
         self.reach(last)
+        readers: _Index
         if loop == BOUNDARY:
-            plane, readers = BOUNDARY, np.array([BOUNDARY])
+            plane, readers = BOUNDARY, BOUNDARY
         else:
             plane = self.policy.store(loop, self.planes, generated=generated)
             readers = self._readers[loop, generated]
@@ -256,6 +257,18 @@ class PagedMemory:
         keys[launch.slots] = k
         values[launch.slots] = v
         return paged_attention(q, keys, values, launch.table, launch.rows, launch.lengths)
+
+
+_Index = int | slice | Int[np.ndarray, " loops"]
+
+
+def _as_index(loops: Sequence[int]) -> _Index:
+    """These loops as an index; a number or a slice is much faster than a list, and most are one."""
+    if len(loops) == 1:
+        return loops[0]
+    if not loops or list(loops) == list(range(loops[0], loops[-1] + 1)):
+        return slice(loops[0], loops[-1] + 1) if loops else slice(0, 0)
+    return np.array(loops, dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ one (`train.tasks.whole_sequence`). A chase along the edges needs as many loops 
 doubling, in which every edge replaces its end by the end of its end, needs log2 of it. One looped layer can do either
 (Ouro, arXiv 2510.25741, section 6, for the log2 claim; Sanford et al. 2402.09268 for doubling in transformers).
 
-Each node has one edge out: along one of two chains of D edges, whose last node has an edge to itself, or, for the nodes
-in neither chain, an edge to themselves. The goal is the last node of one chain. So the D + 1 nodes of its chain reach
-it, at distances 0..D, and the equally long other chain shows the same picture but never arrives. Token ids, with
+The nodes fall into chains: each has one edge out, to the next node of its chain, and the last one an edge to itself.
+One chain has D edges; the others take 0 to D edges each, as long as there are nodes left. The goal is the end of the
+chain of D edges, so the D + 1 nodes of it reach the goal, at distances 0..D, and no others do. Token ids, with
 nodes a and b of N:
 
     a              `pairs`: the first token of the edge from a
@@ -43,7 +43,7 @@ class ReachabilityConfig:
     nodes: int = 18
     """N, nodes of every graph."""
     longest: int = 8
-    """Largest D; two chains of D + 1 nodes must fit into N."""
+    """Largest D; it must leave room for a second chain of half as many edges."""
     shortest: int = 1
     """Smallest D; each number from here to `longest` is equally likely."""
     layout: str = "pairs"
@@ -61,10 +61,11 @@ class ReachabilityConfig:
             raise ConfigError(
                 f"shortest={self.shortest} with longest={self.longest}; give shortest from 1 to {max(1, self.longest)}"
             )
-        if 2 * (self.longest + 1) > self.nodes:
+        needed = self.longest + 1 + self.longest // 2 + 1
+        if needed > self.nodes:
             raise ConfigError(
-                f"two chains of {self.longest} edges need {2 * (self.longest + 1)} nodes and there are {self.nodes}; "
-                "give more nodes or a smaller longest"
+                f"a chain of {self.longest} edges and one of {self.longest // 2} need {needed} nodes and there are "
+                f"{self.nodes}; give more nodes or a smaller longest"
             )
 
 
@@ -88,20 +89,19 @@ class Reachability(ExactTask):
             random = generator(seed, "reachability", number)
             depth = int(random.integers(config.shortest, config.longest + 1))
             labels = random.permutation(nodes)
-            chain, other = labels[: depth + 1], labels[depth + 1 : 2 * depth + 2]
-            successor = np.arange(nodes)
-            for path in (chain, other):
-                successor[path[:-1]] = path[1:]
+            successor, ends = np.arange(nodes), np.arange(nodes)
+            first, edges = 0, depth
+            while first < nodes:
+                chain = labels[first : first + edges + 1]
+                successor[chain[:-1]], ends[chain] = chain[1:], chain[-1]
+                first += len(chain)
+                edges = int(random.integers(0, depth + 1))
+            goal = ends[labels[0]]
             starts = random.permutation(nodes)
             rows[row, :-1] = self._edges(starts, successor[starts])
-            if config.asked == "goal":
-                goal, answers = chain[-1], np.isin(starts, chain)
-            else:
-                ends = np.arange(nodes)
-                for path in (chain, other):
-                    ends[path] = path[-1]
-                goal, answers = nodes, ends[starts]
-            rows[row, -1] = self.first_goal + goal
+            asks_goal = config.asked == "goal"
+            rows[row, -1] = self.first_goal + (goal if asks_goal else nodes)
+            answers = ends[starts] == goal if asks_goal else ends[starts]
             targets[row, self.edge_tokens - 1 : -1 : self.edge_tokens] = answers
             depths[row] = depth
         return Problems(

@@ -1,0 +1,108 @@
+// What a few rows need beside products and attention: norms, rotations, gates, and the choice of a token.
+//
+// Each is a handful of operations to torch, and for few rows starting an operation takes longer than the operation.
+// Compiled like cpu.cpp.
+//
+// Axes: N rows, D width, H heads, K head width, V vocabulary.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace {
+
+constexpr int64_t ALONE = 32 * 1024;  // numbers that one thread does faster than several
+
+// y = x / rms(x) * w, row by row.
+template <typename T>
+void norm(const T* x, const T* w, T* y, int64_t N, int64_t D, double eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (N * D > ALONE)
+    for (int64_t n = 0; n < N; ++n) {
+        const T* from = x + n * D;
+        T squares = 0;
+        for (int64_t i = 0; i < D; ++i) squares += from[i] * from[i];
+        const T scale = 1 / std::sqrt(squares / T(D) + T(eps));
+        for (int64_t i = 0; i < D; ++i) y[n * D + i] = from[i] * scale * w[i];
+    }
+}
+
+// Rotates, in place, the first H heads of rows that lie `stride` numbers apart; cos and sin are (N, K / 2). Coordinate i
+// goes with i + K / 2, or, interleaved, 2 i with 2 i + 1.
+template <typename T>
+void rotate(T* x, const T* cos, const T* sin, int64_t N, int64_t H, int64_t K, int64_t stride, bool interleaved,
+            int threads) {
+    const int64_t half = K / 2;
+#pragma omp parallel for num_threads(threads) if (N * H * K > ALONE)
+    for (int64_t n = 0; n < N; ++n)
+        for (int64_t h = 0; h < H; ++h) {
+            T* head = x + n * stride + h * K;
+            const T *c = cos + n * half, *s = sin + n * half;
+            if (interleaved) {
+                for (int64_t i = 0; i < half; ++i) {
+                    const T a = head[2 * i], b = head[2 * i + 1];
+                    head[2 * i] = a * c[i] - b * s[i];
+                    head[2 * i + 1] = b * c[i] + a * s[i];
+                }
+            } else {
+                for (int64_t i = 0; i < half; ++i) {
+                    const T a = head[i], b = head[half + i];
+                    head[i] = a * c[i] - b * s[i];
+                    head[half + i] = b * c[i] + a * s[i];
+                }
+            }
+        }
+}
+
+// y = silu(x[:, :D]) * x[:, D:].
+template <typename T> void gate(const T* x, T* y, int64_t N, int64_t D, int threads) {
+#pragma omp parallel for num_threads(threads) if (N * D > ALONE)
+    for (int64_t n = 0; n < N; ++n) {
+        const T *opens = x + n * 2 * D, *up = opens + D;
+        for (int64_t i = 0; i < D; ++i) y[n * D + i] = opens[i] / (1 + std::exp(-opens[i])) * up[i];
+    }
+}
+
+// The first place of the largest number.
+template <typename T> int64_t largest(const T* x, int64_t count) {
+    T most = x[0];
+    for (int64_t i = 1; i < count; ++i) most = std::max(most, x[i]);
+    for (int64_t i = 0; i < count; ++i)
+        if (x[i] == most) return i;
+    return 0;  // where nothing is a number
+}
+
+// The likeliest token of each row, or where `noisy` is given the one that is largest there, and its log-probability.
+template <typename T>
+void pick(const T* logits, const double* noisy, int64_t* tokens, double* chances, int64_t N, int64_t V, int threads) {
+#pragma omp parallel for num_threads(threads) if (N * V > ALONE)
+    for (int64_t n = 0; n < N; ++n) {
+        const T* row = logits + n * V;
+        T most = row[0], sum = 0;
+        for (int64_t i = 1; i < V; ++i) most = std::max(most, row[i]);
+        for (int64_t i = 0; i < V; ++i) sum += std::exp(row[i] - most);
+        const int64_t token = noisy ? largest(noisy + n * V, V) : largest(row, V);
+        tokens[n] = token;
+        chances[n] = row[token] - most - std::log(sum);
+    }
+}
+
+}  // namespace
+
+#define LOOPWISE_ROWS(T, name)                                                                                       \
+    extern "C" void loopwise_norm_##name(const T* x, const T* w, T* y, int64_t N, int64_t D, double eps, int threads) { \
+        norm(x, w, y, N, D, eps, threads);                                                                            \
+    }                                                                                                                 \
+    extern "C" void loopwise_rotate_##name(T* x, const T* cos, const T* sin, int64_t N, int64_t H, int64_t K,         \
+                                           int64_t stride, int interleaved, int threads) {                            \
+        rotate(x, cos, sin, N, H, K, stride, interleaved != 0, threads);                                              \
+    }                                                                                                                 \
+    extern "C" void loopwise_gate_##name(const T* x, T* y, int64_t N, int64_t D, int threads) {                       \
+        gate(x, y, N, D, threads);                                                                                    \
+    }                                                                                                                 \
+    extern "C" void loopwise_pick_##name(const T* logits, const double* noisy, int64_t* tokens, double* chances,      \
+                                         int64_t N, int64_t V, int threads) {                                         \
+        pick(logits, noisy, tokens, chances, N, V, threads);                                                          \
+    }
+
+LOOPWISE_ROWS(float, float32)
+LOOPWISE_ROWS(double, float64)
