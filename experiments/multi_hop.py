@@ -134,7 +134,8 @@ def report(results: Results) -> Page:
         f"{word}: at equal parameters {layers_and_loops(looped)[1]} loops in place of one are worth "
         + ", ".join(f"{gains[share].text(scale=100, sign=True)} points at {share:.0%}" for share in setting.shares)
         + f" of the questions; the unrolled {unrolled} of equal FLOPs is "
-        + f"{'behind' if against[most].mean > 0 else 'ahead'} by {abs(100 * against[most].mean):.0f} points at {most:.0%}."
+        + f"{'behind' if against[most].mean > 0 else 'ahead'} by {abs(100 * against[most].mean):.0f} points "
+        + f"at {most:.0%}."
     )
     rows = [
         [
