@@ -325,7 +325,8 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
             "ticks_saved": statistics.median(run.ticks for run in runs["plain"])
             / statistics.median(run.ticks for run in runs[name]),
         }
-    out["tick_cost"] = {str(rows): cost(rows) for rows in range(1, loops + 1)}
+    if "auto" in out:
+        out["tick_cost"] = {str(rows): cost(rows) for rows in range(1, loops + 1)}
     return out
 
 
