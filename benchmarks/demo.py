@@ -6,8 +6,8 @@ hops     accuracy by loops and hops, what the gate spends, the rank correlation 
 text     loss by loops; beside it, on equal tokens, the same parameters trained with one loop, and the unrolled stack
          of equal FLOPs; the learned exit near a mean of 2.5 loops against random mixing of fixed depths.
 shipped  the same exits for the checkpoint that ships with the package, on text that it has not seen.
-speed    wall time of writing 16 answers at once at a mean of 2.5 loops beside full depth, in one process, taking
-         turns, by the engine: the shipped checkpoint and the models of `text`. Leave the machine alone meanwhile.
+speed    wall time of writing at a mean of 2.5 loops beside full depth, in one process, taking turns, by the engine,
+         one answer after the other: the shipped checkpoint and the models of `text`. Leave the machine alone meanwhile.
 
 Models are kept under runs/benchmarks, so what was trained once is not trained again.
 """

@@ -52,12 +52,12 @@ def measure_language(model: LoopedLM, batches: list[Batch]) -> LanguageReport:
 
 
 def measure_writing(
-    model: LoopedLM, batches: list[Batch], *, answers: int = 16, tokens: int = 64, rounds: int = 3
+    model: LoopedLM, batches: list[Batch], *, answers: int = 2, tokens: int = 128, rounds: int = 3
 ) -> SpeedUp:
     """Speed of writing with exits at the middle of the range beside full depth, after beginnings of held-out text.
 
     Args:
-        answers: how many are written together.
+        answers: how many are written, one after the other.
     """
     rows = [row for batch in batches for row in batch.tokens][:answers]
     prompts = [row[:32].tolist() for row in rows]

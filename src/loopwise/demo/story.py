@@ -251,7 +251,7 @@ def verdict(report: LanguageReport, speed: SpeedUp) -> str:
     side = "below" if point.gain > 0 else "ABOVE"
     return (
         f"At {point.mean_loops:.2f} loops the loss is {abs(point.gain):.4f} nats {side} random mixing of fixed depths; "
-        f"writing many answers at once at a mean of {speed.exit.mean_loops:.2f} makes "
+        f"writing at a mean of {speed.exit.mean_loops:.2f} makes "
         f"{speed.exit.tokens_per_second:.0f} tokens/s, at full depth {speed.full.tokens_per_second:.0f}: "
         f"{speed.ratio:.2f} times as fast."
     )

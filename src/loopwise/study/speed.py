@@ -1,7 +1,8 @@
 """How fast one way of generating is beside another: in one process, taking turns, medians and ratios.
 
-The engine writes all answers at once, and no position is started from a draft: loops that are saved are all that
-differs. What a tick costs the host is shared by its rows; one answer alone would pay it whole.
+The engine writes one answer after the other, and no position is started from a draft: loops that are saved are all that
+differs. In a crowd of answers by a model so small that the host's work outweighs it, full depth has an advantage: all
+of them are then read out in the same tick, while exits spread readouts over every tick.
 """
 
 import statistics
@@ -51,8 +52,8 @@ class SpeedUp:
 def compare_speed(
     model: LoopedLM, prompts: Sequence[Sequence[int]], sides: Mapping[str, Sampling], *, rounds: int = 3
 ) -> dict[str, Speed]:
-    """Answer all prompts at once with each side in turn, `rounds` times over after one round that does not count."""
-    engine = _engine(model, prompts)
+    """Answer the prompts with each side in turn, `rounds` times over after one round that does not count."""
+    engine = _engine(model)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     loops: dict[str, float] = {}
     for turn in range(rounds + 1):
@@ -74,7 +75,7 @@ def measure_speed(
 
     What a model writes is not what it has read, so a threshold that has this mean on a text has another one here.
     """
-    engine = _engine(model, prompts)
+    engine = _engine(model)
     low, high, nearest = 0.0, 1.0, (float("inf"), "")
     for _ in range(9):
         middle = (low + high) / 2
@@ -89,6 +90,6 @@ def measure_speed(
     return SpeedUp(rule=rule, **compare_speed(model, prompts, sides, rounds=rounds))
 
 
-def _engine(model: LoopedLM, prompts: Sequence[Sequence[int]]) -> Engine:
+def _engine(model: LoopedLM) -> Engine:
     # A prompt that is found again would make later rounds faster than the first.
-    return Engine(model, "last_exited", speculate="off", prefix_cache=False, seats=len(prompts))
+    return Engine(model, "last_exited", speculate="off", prefix_cache=False, seats=1)
