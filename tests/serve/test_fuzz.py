@@ -25,10 +25,9 @@ def test_no_errors_of_ours(live: Live) -> None:
 
             @settings(max_examples=40, suppress_health_check=list(HealthCheck), **COMMON)
             def answered(case: schemathesis.Case) -> None:
-                if isinstance(case.body, dict) and isinstance(case.body.get("max_tokens"), int):
-                    case.body["max_tokens"] = min(
-                        case.body["max_tokens"], 2
-                    )  # long answers are not what is being tried
+                asked = case.body.get("max_tokens") if isinstance(case.body, dict) else None
+                if isinstance(asked, int) and asked > 2:
+                    case.body["max_tokens"] = 2  # long answers are not what is being tried
                 got = case.call(base_url=live.url, timeout=30)
                 seen.setdefault(case.path, set()).add(got.status_code)
                 assert got.status_code < 500, got.text
