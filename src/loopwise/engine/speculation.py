@@ -189,7 +189,9 @@ class Speculator:
         for window in range(1, MOST + 1):
             flight = min(window + 1.0, most)
             cost = self.costs(rows * flight) / flight
-            dear = self.costs(rows * flight) > NEARLY_FREE * self.costs(rows) and WORTHWHILE * cost > self.costs(rows)
+            dear = self.costs(rows * flight) > NEARLY_FREE * self.costs(rows)
+            # One request alone may pay for drafts that bring much; in a crowd the host's work for rows adds up.
+            dear = dear and (rows > 1 or WORTHWHILE * cost > self.costs(rows))
             # A gain within the noise of the measurement is none.
             if cost < 0.97 * best_cost and not dear:
                 best, best_cost = window, cost
@@ -197,7 +199,9 @@ class Speculator:
                 break
         # Means hide that settled tokens come in runs: where a fuller window costs little, it may be full.
         deepest = min(MOST, round(self._loops) - 1)
-        allowed = max(NEARLY_FREE * self.costs(rows), FILLING * self.costs(rows * min(best + 1.0, most)))
+        allowed = NEARLY_FREE * self.costs(rows)
+        if rows == 1:
+            allowed = max(allowed, FILLING * self.costs(min(best + 1.0, most)))
         while 0 < best < deepest and self.costs(rows * (best + 2)) <= allowed:
             best += 1
         return best
