@@ -23,7 +23,7 @@ from torch import Tensor
 from loopwise.errors import ConfigError, LoopRangeWarning, LoopwiseError, UserError
 from loopwise.loops.drivers import Outcome, run_until, unroll
 from loopwise.loops.exits import ExitRule, Observation, Tracker
-from loopwise.loops.protocol import LoopFacts, LoopModel, SignalKind, Unit, first_tensor, flat_state, tree_map
+from loopwise.loops.protocol import LoopFacts, LoopModel, SignalKind, Unit, first_tensor, flat_state, leaves, tree_map
 
 Reference = Callable[[LoopModel, Any, Tensor], Tensor]
 """(model, inputs, loops (units...)) -> predictions (units..., ...), computed in some naive way."""
@@ -340,7 +340,7 @@ class _Trial:
         step = self.model.step
 
         def counted(state: Any, context: Any, loop: int) -> Any:
-            sizes = {tensor.shape[0] for tensor in _leaves(state)}
+            sizes = {tensor.shape[0] for tensor in leaves(state)}
             _insist(
                 len(sizes) == 1, f"the state's tensors have {sorted(sizes)} rows at loop {loop}; keep_rows must cut all"
             )
@@ -361,7 +361,7 @@ class _Trial:
         for loops in range(1, self.loops):
             cut = self.run(self.exits.clamp(max=loops))
             stopped = (self.exits <= loops).nonzero().flatten().to(first_tensor(cut.state).device)
-            for whole, part in zip(_leaves(self.rows_of(mixed.state)), _leaves(self.rows_of(cut.state)), strict=True):
+            for whole, part in zip(leaves(self.rows_of(mixed.state)), leaves(self.rows_of(cut.state)), strict=True):
                 _same(f"the state of units that stopped by loop {loops}", part[stopped], whole[stopped])
 
     @torch.no_grad()
@@ -471,17 +471,6 @@ def _pick(tree: Any, sample: int, batch: int) -> Any:
     return tree_map(pick, tree)
 
 
-def _leaves(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def remember(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    tree_map(remember, tree)
-    return found
-
-
 def _distance(first: Tensor, second: Tensor) -> float:
     """Largest difference, relative where numbers are large; infinite where one is not a number."""
     if first.shape != second.shape:
@@ -493,6 +482,6 @@ def _distance(first: Tensor, second: Tensor) -> float:
 
 
 def _same(what: str, expected: Any, found: Any) -> None:
-    pairs = zip(_leaves(expected), _leaves(found), strict=True)
+    pairs = zip(leaves(expected), leaves(found), strict=True)
     apart = max((_distance(first, second) for first, second in pairs), default=0.0)
     _insist(apart <= _TOLERANCE, f"{what} differs by {apart:.2g}")

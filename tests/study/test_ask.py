@@ -140,7 +140,8 @@ def test_training_is_read_from_the_run(tmp_path: Path) -> None:
         {"step": 20, "loss_total": 2.0},
         {"step": 20, "validation_loss_loop_2": 2.5},
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    torn = '{"step": 30, "loss_to'  # the run is still going on
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n" + torn)
     found = training(tmp_path)
     assert found.lines == [
         "20 steps",

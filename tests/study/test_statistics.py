@@ -13,6 +13,7 @@ from loopwise.study.statistics import (
     bootstrap,
     clustered_error,
     mean_interval,
+    principal_components,
     rank_correlation,
     ranks,
     reliability,
@@ -130,3 +131,15 @@ def test_the_bootstrap_interval_of_a_mean_is_near_the_normal_one() -> None:
     assert found.high == pytest.approx(values.mean() + half, abs=0.15 * half)
     again = bootstrap(lambda units: float(values[units].mean()), np.arange(400), samples=2000)
     assert again == found
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (5, 12), (3, 2), (1, 4)])
+def test_principal_components_are_those_of_a_singular_value_decomposition(shape: tuple[int, int]) -> None:
+    points = np.random.default_rng(1).normal(size=shape) * np.arange(1, shape[1] + 1)
+    placed, shares = principal_components(points, 3)
+    centred = points - points.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    kept = min(3, len(sizes))
+    np.testing.assert_allclose(np.abs(placed[:, :kept]), np.abs(left * sizes)[:, :kept], atol=1e-6)
+    total = (sizes**2).sum()
+    np.testing.assert_allclose(shares[:kept], sizes[:kept] ** 2 / total if total else 0.0, atol=1e-9)

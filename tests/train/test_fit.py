@@ -7,6 +7,7 @@ from torch.nn.functional import mse_loss
 
 from loopwise.errors import CheckpointError, ConfigError
 from loopwise.nn.noise import uniform
+from loopwise.train import checkpoint
 from loopwise.train.ema import EmaConfig
 from loopwise.train.fit import FitConfig, fit
 
@@ -57,6 +58,11 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(tmp_path, ema):
     assert len(fitted.losses) == 30
     assert torch.equal(whole.weight, resumed.weight)
     assert torch.equal(whole.bias, resumed.bias)
+
+
+def test_old_checkpoints_go(tmp_path):
+    learn(tmp_path)
+    assert checkpoint.steps(tmp_path) == [50, 60]
 
 
 def test_checkpoints_of_another_model_are_refused(tmp_path):

@@ -18,7 +18,7 @@ def command(
         str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint, a run, or a hub id.")
     ] = "shipped",
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Defaults and caps.", show_default=False)
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Defaults and caps.", show_default=False)
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
@@ -35,9 +35,9 @@ def command(
 ) -> None:
     """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics.
 
-        loopwise serve
-        loopwise serve runs/mine exit=hazard:0.6 --memory 8GiB
-        LOOPWISE_API_KEY=... loopwise serve runs/mine --host 0.0.0.0 hosts=["my.machine"]
+    - `loopwise serve runs/mine exit=hazard:0.6 --memory 8GiB` for this machine alone
+
+    - `LOOPWISE_API_KEY=... loopwise serve runs/mine --host 0.0.0.0 hosts=["my.machine"]` for others
 
     Requests say how much to think: `reasoning_effort` from none to max, or `"loop": {"max": 4, "rule": "hazard:0.6"}`.
     API keys come from the environment variable LOOPWISE_API_KEY, separated by commas. SIGTERM lets open answers end.

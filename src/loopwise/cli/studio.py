@@ -4,8 +4,6 @@ from typing import Annotated
 
 import typer
 
-from loopwise.errors import ConfigError
-
 
 def command(
     what: Annotated[
@@ -28,11 +26,6 @@ def command(
     dragged; states, exits and quality against compute are drawn. Runs show how training went, and
     grids a maze tick by tick.
     """
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        raise ConfigError(
-            f"--host {host}: the studio has no keys, so it listens on this machine alone; reach it from afar through "
-            f"ssh -L {port}:127.0.0.1:{port}"
-        )
     from loopwise.studio.listen import listen
 
     listen(what or [], host=host, port=port, policy=policy, memory=memory, browser=browser)

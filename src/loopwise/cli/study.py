@@ -31,7 +31,7 @@ def command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder of a checkpoint or a run, or a hub id.")
     ] = "shipped",
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With what to ask.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="With what to ask.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write figures (HTML) and arrays (JSON) into this folder.")
     ] = None,
@@ -44,11 +44,11 @@ def command(
 ) -> None:
     """Ask a model what its loops do: does thinking longer help, on what, does it know when to stop, what does it cost?
 
-        loopwise study depth
-        loopwise study exits runs/mine data=notes/ cost=flops --out study/
-        loopwise study adaptivity runs/hops rule=hazard:0.5
-        loopwise study report runs/mine --out study/
-        loopwise study ladder runs/mine --keep
+    - `loopwise study exits runs/mine data=notes/ cost=flops --out study/` asks one question
+
+    - `loopwise study report runs/mine --out study/` writes one page of all that suit
+
+    - `loopwise study ladder runs/mine --keep` measures what names of effort mean, and keeps it in the checkpoint
 
     Without a MODEL it is the small one that ships with Loopwise. `--out` writes pages that open offline.
     docs/study.md says what each question answers and how.

@@ -126,7 +126,8 @@ def scatter(tree: Any, rows: Any, index: Tensor) -> None:
             scatter(part, rows[key], index)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def leaves(tree: Any) -> list[Tensor]:
+    """Every tensor of a nest, in the order of `tree_map`."""
     found: list[Tensor] = []
 
     def remember(tensor: Tensor) -> Tensor:
@@ -134,6 +135,11 @@ def _tensors(tree: Any) -> list[Tensor]:
         return tensor
 
     tree_map(remember, tree)
+    return found
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found = leaves(tree)
     if not found:
         raise TypeError("a state holds at least one tensor")
     return found

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from loopwise.errors import ConfigError
 from loopwise.loops.hazard import widen
-from loopwise.loops.protocol import LoopFacts, LoopModel, first_tensor, flat_state, tree_map
+from loopwise.loops.protocol import LoopFacts, LoopModel, first_tensor, flat_state, leaves, tree_map
 
 Features = Callable[[Any], Tensor]
 """From a model's state to the numbers that a gate looks at, (units..., F)."""
@@ -217,14 +217,7 @@ def _facts(model: LoopModel, *, anytime: bool) -> LoopFacts:
 
 def _together(apply: Callable[[Tensor, Tensor], Tensor], first: Any, second: Any) -> Any:
     """`apply` to each pair of tensors of two equal nests."""
-    waiting: list[Tensor] = []
-
-    def remember(tensor: Tensor) -> Tensor:
-        waiting.append(tensor)
-        return tensor
-
-    tree_map(remember, second)
-    others = iter(waiting)
+    others = iter(leaves(second))
     return tree_map(lambda tensor: apply(tensor, next(others)), first)
 
 

@@ -99,10 +99,10 @@ class Guard:
 
     def _check(self, headers: Headers) -> None:
         named = headers.getlist("host")
-        if len(named) != 1 or not self._is_ours(_hostname(f"//{named[0]}"), anyone="*" in self._hosts):
+        if len(named) != 1 or not self._is_ours(hostname(f"//{named[0]}"), anyone="*" in self._hosts):
             raise ApiError("the Host header names another host; start the server with hosts=[...]", status=403)
         origin = headers.get("origin")
-        if origin is not None and not self._is_ours(_hostname(origin), anyone=False):
+        if origin is not None and not self._is_ours(hostname(origin), anyone=False):
             raise ApiError("a page of another origin may not ask here", status=403)
         if self._keys and not self._knows(headers.get("authorization", "")):
             raise ApiError(
@@ -180,7 +180,8 @@ def too_deep(body: bytes, most: int) -> bool:
     return False
 
 
-def _hostname(url: str) -> str | None:
+def hostname(url: str) -> str | None:
+    """The host that a URL or `//HOST:PORT` names, in lower case; None when it is none."""
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  (raises for a port that is none)

@@ -14,7 +14,7 @@ It serves one person on the machine it runs on. Requests for another host, or fr
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from loopwise.engine.answer import Emission
 from loopwise.engine.ticket import Ticket
 from loopwise.errors import ConfigError, InputError, NotFoundError, UserError
+from loopwise.serve.security import LOCAL, hostname
 from loopwise.studio.library import Library, finite, parse_sampling
 from loopwise.studio.page import render_page
 from loopwise.studio.run_view import run_view
@@ -50,7 +51,7 @@ _POLICY = "; ".join(
 )
 
 
-def build_studio(library: Library, *, hosts: frozenset[str] = frozenset({"127.0.0.1", "localhost", "::1"})) -> FastAPI:
+def build_studio(library: Library, *, hosts: Collection[str] = LOCAL) -> FastAPI:
     """The app over a library.
 
     Args:
@@ -61,7 +62,7 @@ def build_studio(library: Library, *, hosts: frozenset[str] = frozenset({"127.0.
 
     @app.middleware("http")
     async def guard(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        if _host(request.headers.get("host", "")) not in hosts:
+        if hostname(f"//{request.headers.get('host', '')}") not in hosts:
             return _refusal(421, "this studio answers to its own address alone; open the address it printed")
         origin = request.headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
@@ -230,13 +231,6 @@ def _settings(body: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError("settings is an object of names and values")
     return value
-
-
-def _host(header: str) -> str:
-    try:
-        return urlsplit(f"//{header}").hostname or ""
-    except ValueError:
-        return ""
 
 
 def _refusal(status: int, message: str) -> Response:

@@ -1,7 +1,6 @@
 """Run the studio's server until it is interrupted."""
 
 import importlib.util
-import socket
 import threading
 import webbrowser
 from collections.abc import Sequence
@@ -19,23 +18,24 @@ def listen(paths: Sequence[str], *, host: str, port: int, policy: str, memory: s
     Raises:
         MissingExtraError: the extra `studio` is not installed.
         NotFoundError: something that is not there.
-        ConfigError: the port is taken.
+        ConfigError: an address that other machines reach, or one that cannot be had.
     """
     for package in ("fastapi", "uvicorn", "plotly"):
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "studio")
     import uvicorn
 
+    from loopwise.serve.run import bind
+    from loopwise.serve.security import is_loopback
     from loopwise.studio.app import build_studio
     from loopwise.studio.library import Library
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"--port {port}: {error.strerror}; type: --port 0 for a free one") from None
+    if not is_loopback(host):
+        raise ConfigError(
+            f"--host {host}: the studio has no keys, so it listens on this machine alone; reach it from afar through "
+            f"ssh -L {port}:127.0.0.1:{port}"
+        )
+    with bind(host, port) as listening:
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
         library = Library(paths, policy=policy, memory=memory)
         try:

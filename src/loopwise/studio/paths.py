@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from loopwise.errors import InputError
+from loopwise.study.statistics import principal_components
 from loopwise.trace import LoopTrace
 
 
@@ -30,14 +31,11 @@ def state_paths(trace: LoopTrace) -> dict[str, Any]:
     known = ~np.isnan(flat).any(axis=1)
     coordinates = np.full((len(flat), 3), np.nan)
     explained = np.zeros(3)
-    if known.sum() > 1:
-        centred = flat[known] - flat[known].mean(axis=0)
-        # The Gram matrix over features is small where there are many tokens, and one SVD does for both cases.
-        _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
-        kept = min(3, len(sizes))
-        coordinates[known, :kept] = centred @ axes[:kept].T
-        coordinates[known, kept:] = 0.0
-        explained[:kept] = sizes[:kept] ** 2 / max(float((sizes**2).sum()), 1e-300)
+    if known.any():
+        placed, shares = principal_components(flat[known], 3)
+        missing = 3 - len(shares)
+        coordinates[known] = np.pad(placed, ((0, 0), (0, missing)))
+        explained = np.pad(shares, (0, missing))
     updates = np.diff(states, axis=1)
     lengths = np.linalg.norm(updates, axis=-1)
     steps = np.full((tokens, loops), np.nan)

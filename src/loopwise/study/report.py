@@ -14,6 +14,7 @@ from loopwise.models.looped_lm import LoopedLM
 from loopwise.study.ask import QUESTIONS, Answer, Studies, answer
 from loopwise.study.figures import DASHES, dress, line, panels, place
 from loopwise.study.subject import StudyConfig, Subject, facts
+from loopwise.train.metrics import read_metrics
 
 ASKED = {
     "run": "How did training go?",
@@ -148,8 +149,7 @@ def training(run: Path) -> Answer:
     Raises:
         ConfigError: the file holds no steps.
     """
-    rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if text]
-    rows = [row for row in rows if isinstance(row.get("step"), int)]
+    rows = read_metrics(run / "metrics.jsonl")
     if not rows:
         raise ConfigError(f"{run}/metrics.jsonl holds no steps yet; let the run go on")
     figure = panels(["Training loss", "Validation loss by loops"], height=380)

@@ -177,3 +177,20 @@ def reliability(
         ece=float((count * gaps).sum() / count.sum()),
         brier=float(((confidence - right) ** 2).mean()),
     )
+
+
+def principal_components(
+    points: Float[np.ndarray, "points features"], count: int
+) -> tuple[Float[np.ndarray, "points components"], Float[np.ndarray, " components"]]:
+    """Points on their first principal components, about their mean, and the share of the variance along each.
+
+    There are as many components as points or features allow, `count` at most; shares of points that are all one are 0.
+    """
+    centred = points - points.mean(axis=0)
+    # Components are eigenvectors of the smaller of the two products.
+    small = centred.T @ centred if len(centred) >= centred.shape[1] else centred @ centred.T
+    values, vectors = np.linalg.eigh(small)
+    order = np.argsort(values)[::-1][:count]
+    found = np.clip(values[order], 0, None)
+    placed = centred @ vectors[:, order] if len(centred) >= centred.shape[1] else vectors[:, order] * np.sqrt(found)
+    return placed, found / max(float(values.sum()), np.finfo(np.float64).tiny)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from loopwise.errors import InputError
 from loopwise.study.record import Record
+from loopwise.study.statistics import principal_components
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +50,7 @@ def trajectory(taken: Record, *, components: int = 6, shuffles: int = 200, seed:
         InputError: no states, or nothing to tell types of units by.
     """
     states = taken.need_states().astype(np.float64)
-    flat = states.reshape(-1, states.shape[-1])
-    centred = flat - flat.mean(axis=0)
-    # Components are eigenvectors of the smaller of the two products.
-    if len(centred) >= centred.shape[1]:
-        values, vectors = np.linalg.eigh(centred.T @ centred)
-        order = np.argsort(values)[::-1][:components]
-        paths = centred @ vectors[:, order]
-    else:
-        values, vectors = np.linalg.eigh(centred @ centred.T)
-        order = np.argsort(values)[::-1][:components]
-        paths = vectors[:, order] * np.sqrt(np.clip(values[order], 0, None))
+    paths, explained = principal_components(states.reshape(-1, states.shape[-1]), components)
     moved = np.linalg.norm(np.diff(states, axis=0), axis=-1)
     kind, kinds = _kinds(taken)
     pairs = [similarity(state, kinds) for state in states[1:]]
@@ -76,7 +67,7 @@ def trajectory(taken: Record, *, components: int = 6, shuffles: int = 200, seed:
         units=taken.units,
         depths=np.arange(len(states)),
         paths=paths.reshape(*states.shape[:2], -1),
-        explained=np.clip(values[order], 0, None) / values.sum(),
+        explained=explained,
         change=np.median(taken.change, axis=1),
         cosine=np.median(taken.cosine, axis=1),
         straightness=straight,

@@ -20,16 +20,16 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from loopwise.errors import CheckpointError, ConfigError
-from loopwise.loops.protocol import LoopModel, scatter, select, tree_map
+from loopwise.loops.protocol import LoopModel, leaves, scatter, select, tree_map
 from loopwise.models.trm import TRM
 from loopwise.nn.noise import uniform
 from loopwise.objectives.deep_supervision import SegmentLoss, going_on_target, segment_loss
 from loopwise.tasks.problems import Task
 from loopwise.tasks.problems import numbers as problem_numbers
-from loopwise.train import checkpoint
 from loopwise.train.ema import Ema, EmaConfig
-from loopwise.train.optimizers import OptimizerConfig, build_optimizer
+from loopwise.train.optimizers import Optimizer, OptimizerConfig, build_optimizer
 from loopwise.train.schedule import ScheduleConfig, multiplier
+from loopwise.train.snapshots import newest_snapshot, put_weights, save_snapshot, take_over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class Slots:
     def carry(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Everything that goes on from step to step, for a checkpoint."""
         tensors = {"numbers": self.numbers, "ages": self.ages}
-        tensors |= {f"state/{index}": leaf for index, leaf in enumerate(_leaves(self.state))}
+        tensors |= {f"state/{index}": leaf for index, leaf in enumerate(leaves(self.state))}
         return tensors, {"next_number": self.next_number, "samples": self.samples, "loops": self.loops}
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, int]) -> None:
@@ -183,8 +183,8 @@ class Slots:
                 "and batch, or remove the folder"
             )
         self.numbers, self.ages = tensors["numbers"].clone(), tensors["ages"].clone()
-        leaves = iter([tensors[f"state/{index}"] for index in range(len(_leaves(self.state)))])
-        self.state = tree_map(lambda leaf: next(leaves).to(leaf.device, copy=True), self.state)
+        kept = iter([tensors[f"state/{index}"] for index in range(len(leaves(self.state)))])
+        self.state = tree_map(lambda leaf: next(kept).to(leaf.device, copy=True), self.state)
         self.next_number, self.samples, self.loops = (counters[k] for k in ("next_number", "samples", "loops"))
         self.problems = self.task.draw(self.config.seed, self.numbers)
 
@@ -272,7 +272,7 @@ def supervise(
         if folder is not None and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
             _save(folder, step + 1, model, optimizer, ema, slots)
     if ema is not None:
-        _put(model, ema.state())
+        put_weights(model, ema.state())
     model.eval()
     return Supervised(
         losses=tuple(losses),
@@ -283,48 +283,19 @@ def supervise(
     )
 
 
-def _save(folder: Path, step: int, model: LoopModel, optimizer: Any, ema: Ema | None, slots: Slots) -> None:
-    moments = checkpoint.flatten(optimizer.state(), "optimizer")
-    average = checkpoint.flatten(ema.state() if ema is not None else {}, "ema")
-    weights = {f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+def _save(folder: Path, step: int, model: LoopModel, optimizer: Optimizer, ema: Ema | None, slots: Slots) -> None:
     carried, counters = slots.carry()
-    tensors = weights | moments.tensors | average.tensors | {f"slots/{name}": t for name, t in carried.items()}
-    meta = {"optimizer": moments.skeleton, "ema": average.skeleton, "slots": counters}
-    checkpoint.save(folder, step, tensors, meta, keep=2)
+    tensors = {f"slots/{name}": tensor for name, tensor in carried.items()}
+    save_snapshot(folder, step, model, optimizer, ema, tensors=tensors, meta={"slots": counters})
 
 
-def _resume(folder: Path, model: LoopModel, optimizer: Any, ema: Ema | None, slots: Slots) -> int:
-    found = checkpoint.newest(folder)
+def _resume(folder: Path, model: LoopModel, optimizer: Optimizer, ema: Ema | None, slots: Slots) -> int:
+    found = newest_snapshot(folder)
     if found is None:
-        if checkpoint.steps(folder):
-            raise CheckpointError(f"every checkpoint in {folder} is broken; remove the folder to train from step 0")
         return 0
     if "slots" not in found.meta:
         raise CheckpointError(f"the checkpoints in {folder} are of a run without deep supervision; give another folder")
-    _put(model, {name: found.tensors.get(f"model/{name}") for name in model.state_dict()}, folder)
-    optimizer.load_state(checkpoint.unflatten(found.tensors, found.meta["optimizer"]))
-    if ema is not None:
-        ema.load_state(checkpoint.unflatten(found.tensors, found.meta["ema"]))
+    take_over(found, model, optimizer, ema)
     carried = {name.removeprefix("slots/"): t for name, t in found.tensors.items() if name.startswith("slots/")}
     slots.restore(carried, found.meta["slots"])
     return found.step
-
-
-@torch.no_grad()
-def _put(model: LoopModel, values: Mapping[str, Tensor | None], folder: Path | None = None) -> None:
-    own = model.state_dict()
-    for name, value in values.items():
-        if value is None or value.shape != own[name].shape:
-            raise CheckpointError(f"the checkpoints in {folder} are of another model ({name} differs); remove them")
-        own[name].copy_(value)
-
-
-def _leaves(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def remember(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    tree_map(remember, tree)
-    return found

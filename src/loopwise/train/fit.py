@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loopwise.errors import CheckpointError, ConfigError
-from loopwise.train import checkpoint
+from loopwise.errors import ConfigError
 from loopwise.train.ema import Ema, EmaConfig
 from loopwise.train.optimizers import OptimizerConfig, build_optimizer
 from loopwise.train.schedule import ScheduleConfig, multiplier
+from loopwise.train.snapshots import newest_snapshot, put_weights, save_snapshot, take_over
 
 Loss = Callable[[Any, int], Tensor]
 """(batch, step counted from 0) -> the number to make small, a scalar with its gradient."""
@@ -90,7 +90,10 @@ def fit(
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     ema = Ema(model.named_parameters(), config.ema) if config.ema is not None else None
     folder = None if checkpoints is None else Path(checkpoints)
-    done = 0 if folder is None else _resume(folder, model, optimizer, ema)
+    done = 0
+    if folder is not None and (found := newest_snapshot(folder)) is not None:
+        take_over(found, model, optimizer, ema)
+        done = found.step
     losses: list[float] = []
     began = looked = time.perf_counter()
     model.train()
@@ -117,38 +120,8 @@ def fit(
             )
             looked = now
         if folder is not None and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
-            _save(folder, step + 1, model, optimizer, ema)
+            save_snapshot(folder, step + 1, model, optimizer, ema)
     if ema is not None:
-        _put(model, ema.state())
+        put_weights(model, ema.state())
     model.eval()
     return Fitted(losses=tuple(losses), skipped=optimizer.skipped, seconds=time.perf_counter() - began)
-
-
-def _save(folder: Path, step: int, model: nn.Module, optimizer: Any, ema: Ema | None) -> None:
-    moments = checkpoint.flatten(optimizer.state(), "optimizer")
-    average = checkpoint.flatten(ema.state() if ema is not None else {}, "ema")
-    weights = {f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()}
-    meta = {"optimizer": moments.skeleton, "ema": average.skeleton}
-    checkpoint.save(folder, step, {**weights, **moments.tensors, **average.tensors}, meta)
-
-
-def _resume(folder: Path, model: nn.Module, optimizer: Any, ema: Ema | None) -> int:
-    found = checkpoint.newest(folder)
-    if found is None:
-        if checkpoint.steps(folder):
-            raise CheckpointError(f"every checkpoint in {folder} is broken; remove the folder to train from step 0")
-        return 0
-    _put(model, {name: found.tensors.get(f"model/{name}") for name in model.state_dict()}, folder)
-    optimizer.load_state(checkpoint.unflatten(found.tensors, found.meta["optimizer"]))
-    if ema is not None:
-        ema.load_state(checkpoint.unflatten(found.tensors, found.meta["ema"]))
-    return found.step
-
-
-@torch.no_grad()
-def _put(model: nn.Module, values: Mapping[str, Tensor | None], folder: Path | None = None) -> None:
-    own = model.state_dict()
-    for name, value in values.items():
-        if value is None or value.shape != own[name].shape:
-            raise CheckpointError(f"the checkpoints in {folder} are of another model ({name} differs); remove them")
-        own[name].copy_(value)
