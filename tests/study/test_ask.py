@@ -148,6 +148,12 @@ def test_training_is_read_from_the_run(tmp_path: Path) -> None:
         "training loss 3.000 at first, 2.000 at the end",
         "validation loss 2.500 at 2 loops",
     ]
+    gated = [
+        {"step": 10, "loss_total": 3.0, "loss_loop_1": 3.5, "loss_loop_2": 3.25},
+        {"step": 20, "loss_total": 0.5, "loss_loop_1": 2.5, "loss_loop_2": 2.25},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, gated)) + "\n")
+    assert training(tmp_path).lines == ["20 steps", "training loss at 2 loops 3.250 at first, 2.250 at the end"]
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ConfigError, match="no steps yet"):
         training(tmp_path)

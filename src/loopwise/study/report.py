@@ -154,16 +154,30 @@ def training(run: Path) -> Answer:
         raise ConfigError(f"{run}/metrics.jsonl holds no steps yet; let the run go on")
     figure = panels(["Training loss", "Validation loss by loops"], height=380)
     lines = [f"{rows[-1]['step']:,} steps"]
-    trained = [row for row in rows if isinstance(row.get("loss_total"), int | float)]
+    # What a stage makes small differs from stage to stage (stage II trains the gate alone); what the deepest loop
+    # predicts is one thing throughout.
+    deepest = max(_loops(rows, "loss_loop_"), default=None)
+    key = "loss_total" if deepest is None else f"loss_loop_{deepest}"
+    trained = [row for row in rows if isinstance(row.get(key), int | float)]
     if trained:
-        x, y = _columns(trained, "loss_total")
-        line(figure, x, y, name="training loss", index=0, at=place(0, 2), mode="lines")
-        lines.append(f"training loss {y[0]:.3f} at first, {y[-1]:.3f} at the end")
+        x, y = _columns(trained, key)
+        name = "training loss" + ("" if deepest is None else f" at {deepest} loop{'s' if deepest > 1 else ''}")
+        line(figure, x, y, name=name, index=0, at=place(0, 2), mode="lines")
+        lines.append(f"{name} {y[0]:.3f} at first, {y[-1]:.3f} at the end")
     prefix = "validation_loss_loop_"
-    loops = sorted({int(key.removeprefix(prefix)) for row in rows for key in row if key.startswith(prefix)})
+    loops = _loops(rows, prefix)
     for index, loop in enumerate(loops):
         x, y = _columns([row for row in rows if isinstance(row.get(f"{prefix}{loop}"), int | float)], f"{prefix}{loop}")
-        line(figure, x, y, name=f"{loop} loops", index=index, at=place(1, 2), dash=DASHES[index // 8 % 4], size=4)
+        line(
+            figure,
+            x,
+            y,
+            name=f"{loop} loop{'s' if loop > 1 else ''}",
+            index=index,
+            at=place(1, 2),
+            dash=DASHES[index // 8 % 4],
+            size=4,
+        )
         if index == len(loops) - 1:
             lines.append(f"validation loss {y[-1]:.3f} at {loop} loops")
     figure.update_xaxes(title="steps")
@@ -171,6 +185,11 @@ def training(run: Path) -> Answer:
     dress(figure, f"How did training go? {run.name}")
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"}, height=540, margin={"b": 110})
     return Answer(question="run", results={}, lines=lines, figures={"run": figure})
+
+
+def _loops(rows: Sequence[dict[str, Any]], prefix: str) -> list[int]:
+    """Loops that a figure is named for, in rising order."""
+    return sorted({int(key.removeprefix(prefix)) for row in rows for key in row if key.startswith(prefix)})
 
 
 def _columns(rows: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
