@@ -30,6 +30,34 @@ def test_worked_example() -> None:
     assert objective.metrics(inputs, LOSSES)["beta"] == 0.1
 
 
+def test_geometric_prior_by_hand() -> None:
+    objective = ExpectedLoss(loops=3, beta=0.1, prior=0.3)
+    leaving, prior = [0.2, 0.4, 0.4], [0.3, 0.7 * 0.3, 0.7 * 0.7]
+    away = sum(chance * math.log(chance / wanted) for chance, wanted in zip(leaving, prior, strict=True))
+    assert objective.gate_loss(inputs_for(objective), LOSSES).item() == pytest.approx(0.1 * away)
+    at_prior = inputs_for(objective, hazards=torch.full_like(HAZARDS, 0.3))
+    assert objective.gate_loss(at_prior, LOSSES).item() == pytest.approx(0, abs=1e-15)
+
+
+def test_geometric_prior_is_conditioned_too() -> None:
+    objective = ExpectedLoss(loops=3, beta=1.0, prior=0.3)
+    hazards = HAZARDS.expand(3, 1, 3).clone().requires_grad_()
+    # Left at loop 2 or 3 with 0.5 each where 0.3 and 0.7 are expected; at loop 3 alone, as expected; never asked.
+    inputs = inputs_for(
+        objective,
+        hazards=hazards,
+        mask=torch.tensor([[True, True, True]]),
+        first_loop=torch.tensor([[2, 3, 4]]),
+    )
+    loss = objective.gate_loss(inputs, LOSSES.expand(3, 1, 3))
+    away = 0.5 * math.log(0.5 / 0.3) + 0.5 * math.log(0.5 / 0.7)
+    assert loss.item() == pytest.approx(away / 2)
+    loss.backward()
+    assert hazards.grad is not None
+    assert hazards.grad.isfinite().all()
+    assert hazards.grad[:, 0, 1:].abs().max() == 0
+
+
 def test_conditioned_on_loops_that_count() -> None:
     objective = ExpectedLoss(loops=3, beta=0.0)
     inputs = inputs_for(objective, first_loop=torch.tensor([[2]]))
@@ -86,6 +114,9 @@ def test_beta_moves_in_a_straight_line() -> None:
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match="beta=-1"):
         ExpectedLoss(beta=-1.0)
+    for prior in (0.0, 1.0, -0.5):
+        with pytest.raises(ConfigError, match="a hazard between 0 and 1"):
+            ExpectedLoss(prior=prior)
     with pytest.raises(ConfigError, match="share of the stage"):
         ExpectedLoss(uniform_until=500.0)
     with pytest.raises(ConfigError, match="without an end"):

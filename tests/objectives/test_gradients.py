@@ -85,6 +85,16 @@ def stage_one(losses: list[Tensor], hazards: list[Tensor]) -> Tensor:
     return total.mean()
 
 
+def stage_one_geometric(losses: list[Tensor], hazards: list[Tensor]) -> Tensor:
+    total, left = torch.zeros(()), torch.ones(())
+    for loop, (loss, hazard) in enumerate(zip(losses, hazards, strict=True), start=1):
+        chance = left if loop == LOOPS else hazard * left
+        expected = 0.6 ** (loop - 1) * (1.0 if loop == LOOPS else 0.4)
+        total = total + chance * loss + 0.07 * chance * (chance / expected).log()
+        left = left * (1 - hazard)
+    return total.mean()
+
+
 def stage_two(losses: list[Tensor], hazards: list[Tensor]) -> Tensor:
     total = torch.zeros(())
     for loop in range(1, LOOPS):
@@ -107,6 +117,7 @@ def every(losses: list[Tensor], hazards: list[Tensor]) -> Tensor:
         ("last", last),
         ("every", every),
         ("expected:beta=0.07", stage_one),
+        ("expected:beta=0.07,prior=0.4", stage_one_geometric),
         ("calibrate:rule=as-written,sharpness=7,gamma=0.005", stage_two),
     ],
 )
@@ -139,6 +150,7 @@ def test_total_and_gradient_equal_the_plain_formula(toy: Toy, text: str, formula
         "every",
         "expected:beta=0.07",
         "expected:beta=0.2,beta_end=0.01,uniform_until=0.5",
+        "expected:beta=0.2,prior=0.7",
         "calibrate:rule=as-written,sharpness=7,gamma=0.005",
         "calibrate:rule=unclamped,sharpness=7",
         "calibrate:rule=next-loop,sharpness=7",

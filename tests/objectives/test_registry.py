@@ -28,6 +28,8 @@ def test_every_name_builds_and_its_text_builds_it_again(name: str) -> None:
         ("last", LastLoop()),
         ("every:loops=6,backprop=none", EveryLoop(loops=6)),
         ("expected:beta=1e-1,beta_end=0.05, uniform_until=0.5", ExpectedLoss(beta_end=0.05, uniform_until=0.5)),
+        ("expected:prior=0.3", ExpectedLoss(prior=0.3)),
+        ("expected:prior=none", ExpectedLoss()),
         ("calibrate:rule=best-later,sharpness=10", Calibration(rule="best-later", sharpness=10.0)),
         ("random-depth:sampler=uniform,loops=4,backprop=2", RandomDepth(sampler="uniform", loops=4, backprop=2)),
     ],

@@ -48,11 +48,16 @@ def truncated_geometric(prior: float, loops: int) -> Float[Tensor, " loops"]:
     return exit_distribution(torch.full((loops,), prior, dtype=torch.float64))
 
 
-def divergence(leaving: Float[Tensor, "loops *units"], prior: Float[Tensor, " loops"]) -> Float[Tensor, "*units"]:
-    """KL(leaving || prior) in nats; a loop that is never left at adds 0, with a finite gradient."""
+def divergence(
+    leaving: Float[Tensor, "loops *units"], prior: Float[Tensor, " loops"] | Float[Tensor, "loops *units"]
+) -> Float[Tensor, "*units"]:
+    """KL(leaving || prior) in nats, the prior one for all or each unit's own.
+
+    A loop that is never left at adds 0, with a finite gradient.
+    """
     leaving = widen(leaving)
     tiny = torch.finfo(leaving.dtype).tiny
-    expected = prior.to(leaving).clamp_min(tiny).log().view(-1, *[1] * (leaving.dim() - 1))
+    expected = prior.to(leaving).clamp_min(tiny).log().view(*prior.shape, *[1] * (leaving.dim() - prior.dim()))
     return (leaving * (leaving.clamp_min(tiny).log() - expected)).sum(0)
 
 
