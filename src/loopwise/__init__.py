@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from loopwise.engine.engine import Engine as Engine
     from loopwise.engine.reference import generate as generate
     from loopwise.engine.sampling import Sampling as Sampling
-    from loopwise.hub.checkpoints import load as load
     from loopwise.hub.checkpoints import save as save
+    from loopwise.hub.machines import load as load
     from loopwise.hub.tokenizer import Tokenizer as Tokenizer
     from loopwise.loops.drivers import run_until as run_until
     from loopwise.loops.drivers import segments as segments
@@ -33,7 +33,7 @@ _HOMES = {
     "Sampling": "loopwise.engine.sampling",
     "Tokenizer": "loopwise.hub.tokenizer",
     "generate": "loopwise.engine.reference",
-    "load": "loopwise.hub.checkpoints",
+    "load": "loopwise.hub.machines",
     "parse_rule": "loopwise.loops.exits",
     "run_until": "loopwise.loops.drivers",
     "save": "loopwise.hub.checkpoints",

@@ -164,6 +164,61 @@ def test_one_line_for_what_cannot_be_read(
     assert said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "ctm-parity-tiny",
+            (
+                "18,395 (start_history 1%",
+                "48, each with a network of its own (4 hidden) over its last 5",
+                "random: 36 pairs for the answer, 21 for attention",
+                "one of 2 classes at each of 16 places",
+                "trained at 1 to 10",
+                "certainty:0.9",
+                "whole: 33 tensors, float32",
+            ),
+        ),
+        (
+            "trm-attention-tiny",
+            (
+                "2 layers for latent and answer alike",
+                "3 times: 4 updates of the latent",
+                "5 kinds of puzzle",
+                "halt:0.0",
+            ),
+        ),
+    ],
+)
+def test_what_is_no_language_model(
+    name: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = page(GOLDEN / name, capsys, monkeypatch)
+    for word in words:
+        assert word in text
+
+
+def test_what_is_no_language_model_as_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(GOLDEN / "trm-mlp-tiny"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    parts = said["parameters"]
+    assert sum(count for part, count in parts.items() if part != "stored") == parts["stored"]
+    assert (said["family"], said["dtype"], said["weights"]["state"]) == ("trm", "float32", "whole")
+    assert said["loops"] == {"trained": [1, 4], "unit": "sample", "signal": "halt_logit", "anytime": True}
+    assert said["config"]["mixing"] == "mlp"
+    assert main(["info", str(GOLDEN / "trm-mlp-tiny"), "--context", "4"]) == 2
+    assert capsys.readouterr().err == "error: --context=4 has no effect on a TRM; leave it out\n"
+
+
+@pytest.mark.parametrize("command", [["generate", "{}", "hello"], ["serve", "{}"]])
+def test_who_writes_text_refuses_it_in_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word.format(GOLDEN / "ctm-parity-tiny") for word in command]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: config.json is of a CTM, and only a language model will do here; ")
+    assert said.err.count("\n") == 1
+
+
 def test_usage_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(tmp_path)]) == 2
     assert "has no config.json" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from loopwise.hub.checkpoints import Inspection
+    from loopwise.hub.checkpoints import Inspection, Weights
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _ROWS = 8
@@ -26,13 +26,20 @@ def command(
     """Say what a checkpoint is: parameters, loops, memory and work per loop.
 
     Reads config.json and, where there are weights, their headers. Of a hub id it fetches the small files only.
+    Of a CTM, a TRM or an HRM it says what each part weighs, what a loop is, and how a sample may stop.
     """
+    from loopwise.cli import info_machine
     from loopwise.errors import ConfigError
-    from loopwise.hub.checkpoints import inspect
+    from loopwise.hub import machines
 
     if context is not None and context < 0:
         raise ConfigError(f"--context={context}: allowed is 0 or more")
-    seen = inspect(model)
+    seen = machines.inspect(model)
+    if isinstance(seen, machines.Inspection):
+        if context is not None:
+            raise ConfigError(f"--context={context} has no effect on a {seen.family.upper()}; leave it out")
+        info_machine.show(model, seen, as_json=as_json)
+        return
     facts = describe(seen, min(2048, seen.config.max_positions) if context is None else context)
     if as_json:
         typer.echo(json.dumps(facts))
@@ -95,13 +102,15 @@ def describe(seen: "Inspection", context: int) -> dict[str, Any]:
             "special": special,
             "chat_template": tokenizer is not None and tokenizer.chat_template is not None,
         },
-        "weights": {
-            "state": "broken" if seen.problem else "absent" if seen.weights is None else "whole",
-            "problem": seen.problem,
-            **({} if seen.weights is None else dataclasses.asdict(seen.weights)),
-        },
+        "weights": weights_as_data(seen.weights, seen.problem),
         "config": dataclasses.asdict(config),
     }
+
+
+def weights_as_data(weights: "Weights | None", problem: str | None) -> dict[str, Any]:
+    """Whether the weights are there and whole, as data for JSON."""
+    state = "broken" if problem else "absent" if weights is None else "whole"
+    return {"state": state, "problem": problem, **({} if weights is None else dataclasses.asdict(weights))}
 
 
 def loop_counts(loops: int) -> list[int]:
@@ -130,7 +139,7 @@ def render(title: str, seen: "Inspection", facts: dict[str, Any]) -> "Table":
         ("state", _state(seen)),
         ("exits", _exits(facts)),
         ("tokenizer", _tokenizer(seen, facts)),
-        ("weights", _weights(facts)),
+        ("weights", weights_in_words(facts)),
         ("", ""),
         ("keys, values", _memory(facts)),
         ("work", _work(facts)),
@@ -221,14 +230,16 @@ def _tokenizer(seen: "Inspection", facts: dict[str, Any]) -> str:
     return "; ".join([f"{known['tokens']:,} tokens", *listed, chat])
 
 
-def _weights(facts: dict[str, Any]) -> str:
+def weights_in_words(facts: dict[str, Any]) -> str:
+    """Whether the weights are there and whole."""
     from rich.markup import escape
 
     weights = facts["weights"]
     if weights["state"] == "broken":
         return f"[red]broken[/]: {escape(weights['problem'])}"
     if weights["state"] == "absent":
-        return f"[yellow]not here[/] ({facts['dtype']} by config.json)"
+        stated = f" ({facts['dtype']} by config.json)" if facts["dtype"] else ""
+        return f"[yellow]not here[/]{stated}"
     files = f"{weights['files']} file" + ("s" if weights["files"] > 1 else "")
     held = f"{weights['tensors']} tensors, {', '.join(weights['dtypes'])}"
     return f"[green]whole[/]: {held}, {size(weights['bytes'])} in {files}"

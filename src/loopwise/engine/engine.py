@@ -33,7 +33,7 @@ from loopwise.loops.planes import PlanePolicy, parse_policy
 from loopwise.memory.paged import PagedMemory
 from loopwise.memory.pages import parse_bytes
 from loopwise.memory.prefix import PrefixCache
-from loopwise.models.looped_lm import LoopedLM
+from loopwise.models.looped_lm import LoopedLM, need_language_model
 
 
 class Engine:
@@ -52,7 +52,7 @@ class Engine:
         max_loops: most loops that a request may ask for; None means what the model was trained with.
 
     Raises:
-        ConfigError: an option that is not allowed, or two that exclude each other.
+        ConfigError: an option that is not allowed, two that exclude each other, or a model that is no language model.
     """
 
     def __init__(
@@ -68,6 +68,9 @@ class Engine:
         rows: int = 1024,
         max_loops: int | None = None,
     ) -> None:
+        need_language_model(
+            model, instead="to ask it, type: loopwise.run_until(model, model.encode(inputs), rule, max_loops=...)"
+        )
         config = model.config
         self.model = model
         self.policy = parse_policy(policy)

@@ -19,7 +19,7 @@ from loopwise.errors import ConfigError, InputError
 from loopwise.loops.drivers import bind_rule, check_loops
 from loopwise.loops.exits import Budget, ExitRule, Observation
 from loopwise.memory.dense import DenseMemory, DensePolicy, check_policy
-from loopwise.models.looped_lm import LMContext, LoopedLM
+from loopwise.models.looped_lm import LMContext, LoopedLM, need_language_model
 from loopwise.nn.rotary import Rotary
 
 
@@ -192,10 +192,13 @@ def generate(
         watch: called with each token as it leaves.
 
     Raises:
-        ConfigError: for a rule that this model cannot serve, or an unknown policy.
+        ConfigError: for a rule that this model cannot serve, an unknown policy, or what is no language model.
         InputError: for an empty prompt, one longer than the context, ids outside the vocabulary, or text or stop
             strings without a tokenizer.
     """
+    need_language_model(
+        model, instead="to ask it, type: loopwise.run_until(model, model.encode(inputs), rule, max_loops=...)"
+    )
     sampling = sampling or Sampling()
     check_loops(model, sampling.max_loops or model.config.loops)
     done: list[Completion] = []

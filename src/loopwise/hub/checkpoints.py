@@ -1,4 +1,7 @@
-"""Load and save checkpoints of every family: each tensor's name and shape is checked, nothing is guessed."""
+"""Load and save language models of every family: each tensor's name and shape is checked, nothing is guessed.
+
+`machines.py` stands on this, and on the readers of what is no language model.
+"""
 
 import json
 from collections.abc import Mapping
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loopwise.errors import CheckpointError, ConfigError, StorageError, UserError
+from loopwise.hub import ctm, trm
 from loopwise.hub.family import Family, Origin, SpecialTokens, special_ids
 from loopwise.hub.huginn import Huginn
 from loopwise.hub.locate import locate, read_json
@@ -20,7 +24,7 @@ from loopwise.hub.shards import StoredTensor, copy_file, list_tensors, weight_fi
 from loopwise.hub.tokenizer import Tokenizer
 from loopwise.hub.tokenizer_files import read_text
 from loopwise.models.config import LoopedLMConfig
-from loopwise.models.looped_lm import LoopedLM
+from loopwise.models.looped_lm import LoopedLM, need_language_model
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (Ouro(), Huginn(), Native())}
 _COMPANIONS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -83,7 +87,7 @@ def load_tokenizer(folder: Path, family: Family, raw: Mapping[str, Any]) -> Toke
 
 
 def family_of(raw: Mapping[str, Any]) -> Family:
-    """The family a config.json belongs to.
+    """The family of language models a config.json belongs to.
 
     Raises:
         CheckpointError: when it is none of ours.
@@ -91,6 +95,12 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     for family in FAMILIES.values():
         if family.reads(raw):
             return family
+    for name, reads in (("CTM", ctm.reads), ("TRM or HRM", trm.reads)):
+        if reads(raw):
+            raise CheckpointError(
+                f"config.json is of a {name}, and only a language model will do here; loopwise.load reads it, and "
+                "loopwise info and loopwise study take it"
+            )
     raise CheckpointError(
         f"config.json: model_type={raw.get('model_type')!r}; supported are {', '.join(FAMILIES)} "
         "(a plain llama or olmo2 becomes a looped model with: loopwise convert SOURCE TARGET retrofit=4,8,4)"
@@ -147,25 +157,13 @@ def inspect(path_or_id: str | Path) -> Inspection:
     folder = locate(path_or_id, weights=False)
     raw = read_json(folder / "config.json")
     family = family_of(raw)
-    stored: dict[str, StoredTensor] = {}
+    stored, problem = headers(folder)
     weights: Weights | None = None
-    problem: str | None = None
-    try:
-        files = weight_files(folder)
-        if any(file.is_file() for file in files):
-            stored = list_tensors(folder)
-    except UserError as error:
-        problem = str(error)
     config = family.read_config(raw, stored.keys() if stored else None)
     if stored:
         try:
             match(layout_of(family, config), stored)
-            weights = Weights(
-                tensors=len(stored),
-                files=len(files),
-                bytes=sum(file.stat().st_size for file in files),
-                dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()})),
-            )
+            weights = weigh(folder, stored)
         except CheckpointError as error:
             problem = str(error)
     return Inspection(
@@ -175,8 +173,29 @@ def inspect(path_or_id: str | Path) -> Inspection:
         special=family.special_tokens(raw),
         weights=weights,
         problem=problem,
-        dtype=_dtype_name(raw, stored),
+        dtype=_dtype_name(raw, stored or {}),
         tokenizer=load_tokenizer(folder, family, raw),
+    )
+
+
+def headers(folder: Path) -> tuple[dict[str, StoredTensor] | None, str | None]:
+    """The stored tensors as their files' headers tell, None where no weights are; and what is wrong with the files."""
+    try:
+        if any(file.is_file() for file in weight_files(folder)):
+            return list_tensors(folder), None
+    except UserError as error:
+        return None, str(error)
+    return None, None
+
+
+def weigh(folder: Path, stored: Mapping[str, StoredTensor]) -> Weights:
+    """How much is stored."""
+    files = weight_files(folder)
+    return Weights(
+        tensors=len(stored),
+        files=len(files),
+        bytes=sum(file.stat().st_size for file in files),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()})),
     )
 
 
@@ -205,9 +224,10 @@ def save(
         shard_bytes: files larger than this are split.
 
     Raises:
-        ConfigError: when the family cannot hold the model's shape.
+        ConfigError: when the family cannot hold the model's shape, or the model is no language model.
         StorageError: when the disk refuses; a checkpoint that was there before stays whole.
     """
+    need_language_model(model, instead="to write it, type: loopwise.hub.ctm.save_ctm or loopwise.hub.trm.save_trm")
     origin = model.origin or Origin(family="loopwise")
     chosen = origin.family if family is None else family
     if chosen not in FAMILIES:

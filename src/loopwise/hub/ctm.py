@@ -18,7 +18,8 @@ from loopwise.configuration import from_dict, to_dict
 from loopwise.errors import CheckpointError, ConfigError
 from loopwise.hub.family import need, optional
 from loopwise.hub.locate import locate, read_json
-from loopwise.hub.shards import list_tensors, read_tensors, write_tensors, write_text
+from loopwise.hub.matching import resolve_dtype
+from loopwise.hub.shards import StoredTensor, list_tensors, read_tensors, write_tensors, write_text
 from loopwise.models.ctm import CTM
 from loopwise.models.ctm_config import CTMConfig
 from loopwise.nn.synchronisation import pair_up, sides_of
@@ -26,6 +27,7 @@ from loopwise.nn.synchronisation import pair_up, sides_of
 CTMFamily = Literal["sakana", "loopwise"]
 _OURS = "loopwise-ctm"
 _SHARD_BYTES = 5 * 2**30
+_WHOLE_NUMBERS = ("_pairs", "_neuron_indices_left", "_neuron_indices_right", ".num_batches_tracked")
 _BACKBONES = {"none": "given", "parity_backbone": "parity"}
 _RESNETS = ("resnet18-1", "resnet18-2", "resnet34-1", "resnet34-2")
 _PAIRINGS = ("first-last", "random", "random-pairing")
@@ -53,8 +55,20 @@ _ARGUMENTS = (
 )
 
 
-def load_ctm(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32) -> CTM:
+def reads(raw: Mapping[str, Any]) -> bool:
+    """Whether this config.json is a CTM's, the authors' or ours."""
+    return raw.get("model_type") == _OURS or "backbone_type" in raw
+
+
+def load_ctm(
+    path_or_id: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> CTM:
     """A CTM from a folder or hub id, in eval mode.
+
+    Args:
+        path_or_id: a folder with config.json and safetensors, or a hub id.
+        dtype: "float32", "bfloat16", ...; None keeps the checkpoint's.
+        device: where the weights go.
 
     Raises:
         NotFoundError: when there is no such folder, or no safetensors in it (pickles are never read).
@@ -63,10 +77,36 @@ def load_ctm(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32) -> C
     folder = locate(path_or_id)
     raw = read_json(folder / "config.json")
     stored = list_tensors(folder)
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    model = fitting(raw, stored)
+    kind = resolve_dtype(dtype, weights_among(stored))
+    tensors = dict(read_tensors(stored))
+    if raw.get("model_type") != _OURS:
+        # Of a tensor that theirs holds under two names only one may be stored; `fitting` saw to the rest.
+        tensors = from_authors({**to_authors(model.state_dict(), model.config), **tensors}, model.config)
+    model.load_state_dict(tensors)
+    return model.to(device=device, dtype=kind).eval()
+
+
+def weights_among(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The stored tensors but for those of whole numbers: the neurons of pairs, and counts of batches."""
+    return {name: tensor for name, tensor in stored.items() if not name.endswith(_WHOLE_NUMBERS)}
+
+
+def fitting(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor] | None) -> CTM:
+    """A new machine of the shape that config.json states, whose tensors are those that are stored.
+
+    Args:
+        stored: None when only config.json is there.
+
+    Raises:
+        CheckpointError: when config.json is of a machine that we cannot build, or does not fit the tensors.
+    """
+    shapes = None if stored is None else {name: tensor.shape for name, tensor in stored.items()}
     ours = raw.get("model_type") == _OURS
     config = _our_config(raw) if ours else read_config(raw, shapes)
     model = CTM(config)
+    if shapes is None:
+        return model
     wanted = model.state_dict() if ours else to_authors(model.state_dict(), config)
     # Theirs holds one tensor under two names here; safetensors keeps one of them, and which may differ.
     spare = set() if ours or config.pairing != "first-last" else {name for name in wanted if "neuron_indices" in name}
@@ -76,14 +116,12 @@ def load_ctm(path_or_id: str | Path, *, dtype: torch.dtype = torch.float32) -> C
         told = [f"without {', '.join(missing[:3])}"] * bool(missing) + [f"with {', '.join(unknown[:3])}"] * bool(
             unknown
         )
-        raise CheckpointError(f"{folder} holds tensors {' and '.join(told)}, which does not fit its config.json")
+        raise CheckpointError(f"the checkpoint holds tensors {' and '.join(told)}, which does not fit its config.json")
     for name, shape in shapes.items():
         if name in wanted and shape != tuple(wanted[name].shape):
             right = tuple(wanted[name].shape)
-            raise CheckpointError(f"{folder}: {name} has shape {shape}; its config.json asks for {right}")
-    tensors = {**{name: wanted[name] for name in spare}, **dict(read_tensors(stored))}
-    model.load_state_dict(tensors if ours else from_authors(tensors, config))
-    return model.to(dtype).eval()
+            raise CheckpointError(f"{name} has shape {shape}; config.json asks for {right}")
+    return model
 
 
 def save_ctm(model: CTM, folder: str | Path, *, family: CTMFamily = "sakana") -> None:
@@ -108,8 +146,11 @@ def save_ctm(model: CTM, folder: str | Path, *, family: CTMFamily = "sakana") ->
     write_text(folder / "config.json", json.dumps(raw, indent=2) + "\n")
 
 
-def read_config(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> CTMConfig:
+def read_config(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None) -> CTMConfig:
     """Our configuration from the authors' arguments; what theirs finds at the first call is read from the shapes.
+
+    Args:
+        shapes: of the stored tensors; None when only config.json is there.
 
     Raises:
         CheckpointError: when it is no CTM's, or one with parts that we do not have.
@@ -141,7 +182,13 @@ def read_config(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
             )
         places, classes = shape
     entry = {"given": "kv_proj.0.weight", "parity": None}.get(kind, "initial_rgb.weight")
-    if entry is not None and len(shapes.get(entry, ())) < 2:
+    if entry is not None and shapes is None:
+        raise CheckpointError(
+            f"config.json of a CTM with backbone_type={backbone!r} does not tell the channels of its input; its "
+            "weights do, and they are not here: put *.safetensors beside it, or fetch them with loopwise.load"
+        )
+    channels = None if entry is None or shapes is None else shapes.get(entry, ())
+    if channels is not None and len(channels) < 2:
         raise CheckpointError(f"the checkpoint has no matrix {entry}, which backbone_type={backbone!r} needs")
     deep = optional(raw, "deep_nlms", True, bool)
     if need(raw, "heads", int) == 0:
@@ -165,7 +212,7 @@ def read_config(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
             # Their scripts leave a number there that other pairings do not look at.
             self_pairs=optional(raw, "n_random_pairing_self", 0, int) if pairing == "random-pairing" else 0,
             backbone=kind,  # type: ignore[arg-type]
-            channels=None if entry is None else shapes[entry][1],
+            channels=None if channels is None else channels[1],
             positions=_POSITIONS[positions],  # type: ignore[arg-type]
             dropout=optional(raw, "dropout", 0.0, float),
             neuron_dropout=optional(raw, "dropout_nlm", None, float),

@@ -15,8 +15,8 @@ from torch import Tensor
 from loopwise.errors import CheckpointError, ConfigError, StorageError
 from loopwise.hub.family import Entry, need, optional, section, trained_range
 from loopwise.hub.locate import locate, read_json
-from loopwise.hub.matching import Layout, match, resolve_dtype
-from loopwise.hub.shards import list_tensors, read_tensors, write_tensors, write_text
+from loopwise.hub.matching import Layout, Place, match, resolve_dtype
+from loopwise.hub.shards import StoredTensor, list_tensors, read_tensors, write_tensors, write_text
 from loopwise.models.trm import TRM
 from loopwise.models.trm_config import TRMConfig
 
@@ -25,6 +25,11 @@ _MARK = "embed_tokens.embedding_weight"
 _POSITIONS = {"rope": "rotary", "learned": "learned", "none": "none"}
 _WIDTH_MULTIPLE = 256
 _SHARD_BYTES = 5 * 10**9
+
+
+def reads(raw: Mapping[str, Any]) -> bool:
+    """Whether this config.json is a TRM's or HRM's. A language model that thinks in such cycles (HRM-Text) is none."""
+    return "H_cycles" in raw and "seq_len" in raw and "model_type" not in raw
 
 
 def load_trm(
@@ -44,20 +49,35 @@ def load_trm(
     folder = locate(path_or_id)
     raw = read_json(folder / "config.json")
     stored = list_tensors(folder)
-    prefix = next((name.removesuffix(_MARK) for name in stored if name.endswith(_MARK)), None)
-    if prefix is None:
-        raise CheckpointError(f"{folder} has no tensor ...{_MARK}; it is no checkpoint of TRM or HRM")
-    config = read_config(raw, [name.removeprefix(prefix) for name in stored])
-    layout = Layout(title="trm", entries=entries(config, prefix), spellings={}, passengers={})
-    places = match(layout, stored)
-    with torch.device("meta"):
-        model = TRM(config)
+    model, places = fitting(raw, stored)
     model = model.to(resolve_dtype(dtype, stored)).to_empty(device=device)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, tensor in read_tensors(stored):
             own[places[name].entry.parameter].copy_(tensor)
     return model.eval()
+
+
+def fitting(raw: Mapping[str, Any], stored: Mapping[str, StoredTensor] | None) -> tuple[TRM, dict[str, Place]]:
+    """A model without memory (on `meta`) of the shape that config.json states, and where each stored tensor goes.
+
+    Args:
+        stored: None when only config.json is there.
+
+    Raises:
+        CheckpointError: when config.json cannot be read, or does not fit the tensors.
+    """
+    places: dict[str, Place] = {}
+    if stored is None:
+        config = read_config(raw)
+    else:
+        prefix = next((name.removesuffix(_MARK) for name in stored if name.endswith(_MARK)), None)
+        if prefix is None:
+            raise CheckpointError(f"no tensor is called ...{_MARK}; this is no checkpoint of TRM or HRM")
+        config = read_config(raw, [name.removeprefix(prefix) for name in stored])
+        places = match(Layout(title="trm", entries=entries(config, prefix)), stored)
+    with torch.device("meta"):
+        return TRM(config), places
 
 
 def save_trm(model: TRM, path: str | Path, *, raw: Mapping[str, Any] | None = None) -> None:

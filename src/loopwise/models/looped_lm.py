@@ -449,6 +449,19 @@ def attention_mask(
     return (mask | torch.eye(length, dtype=torch.bool, device=tokens.device))[:, None]
 
 
+def need_language_model(model: LoopModel, *, instead: str) -> None:
+    """Refuse a model that is no language model.
+
+    Args:
+        instead: what to type with such a one.
+
+    Raises:
+        ConfigError: when it is none.
+    """
+    if not isinstance(model, LoopedLM):
+        raise ConfigError(f"a {type(model).__name__} is no language model, which is needed here; {instead}")
+
+
 def initialise(model: LoopedLM, *, seed: int) -> None:
     """Draw every weight anew, as a function of the seed alone.
 

@@ -10,10 +10,8 @@ import torch
 
 from loopwise.configuration import from_dict
 from loopwise.errors import ConfigError
-from loopwise.hub.checkpoints import FAMILIES, load
-from loopwise.hub.ctm import load_ctm
-from loopwise.hub.locate import locate, read_json
-from loopwise.hub.trm import load_trm
+from loopwise.hub.locate import read_json
+from loopwise.hub.machines import load
 from loopwise.loops.protocol import LoopModel
 from loopwise.models.ctm import CTM
 from loopwise.models.looped_lm import LoopedLM
@@ -107,15 +105,7 @@ def open_subject(name: str, *, dtype: str | None = "float32", device: str | torc
     Raises:
         UserError: it is not there, broken, or of none of these.
     """
-    folder = locate(name)
-    raw = read_json(folder / "config.json")
-    model: LoopModel
-    if raw.get("model_type") == "loopwise-ctm" or "backbone_type" in raw:
-        model = load_ctm(name, dtype=getattr(torch, dtype or "float32")).to(device)
-    elif "H_cycles" in raw and "seq_len" in raw and not any(family.reads(raw) for family in FAMILIES.values()):
-        model = load_trm(name, dtype=dtype, device=device)
-    else:
-        model = load(name, dtype=dtype, device=device)
+    model = load(name, dtype=dtype, device=device)
     path = Path(name).expanduser()
     is_run = path.is_dir() and (path / "metrics.jsonl").is_file()
     return Subject(model=model, name=name if name.count("/") < 2 else path.name, run=path if is_run else None)
