@@ -1,4 +1,4 @@
-"""Norms, rotations, gates and choices of few rows in one call, against torch's operations; a model's fast twin."""
+"""Norms, rotations, gates, hazards and choices of few rows, each one call, against torch's operations; fast twins."""
 
 import runpy
 from collections.abc import Callable, Iterator
@@ -9,9 +9,10 @@ import torch
 
 from loopwise.engine.sampling import Draw, Sampling, choose_batch, pick
 from loopwise.models.looped_lm import LoopedLM
-from loopwise.nn.fast import FastAttention, FastMLP, FastNorm, fast_model
+from loopwise.nn.fast import FastAttention, FastGate, FastMLP, FastNorm, fast_model
+from loopwise.nn.gate import HazardGate
 from loopwise.nn.kernels import why_no_cpu_kernels
-from loopwise.nn.kernels.rows import gate_rows, load_row_kernels, norm_rows, pick_rows, rotate_rows
+from loopwise.nn.kernels.rows import gate_rows, hazard_rows, load_row_kernels, norm_rows, pick_rows, rotate_rows
 from loopwise.nn.mlp import GatedMLP
 from loopwise.nn.norms import RMSNorm
 from loopwise.nn.rotary import rotary_tables, rotate
@@ -39,6 +40,19 @@ def test_norms_and_gates_are_those_of_the_modules(rows: int, width: int, dtype: 
     opens, up = both.chunk(2, dim=-1)
     wanted = torch.nn.functional.silu(opens) * up
     torch.testing.assert_close(gate_rows(both), wanted, rtol=0, atol=TOLERANCE[dtype] * 100)
+
+
+@dtypes
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 37), (70, 512)])
+def test_hazards_are_those_of_the_gate(rows: int, width: int, dtype: torch.dtype) -> None:
+    gate = HazardGate(width).to(dtype)
+    x = torch.randn(2, rows, width, dtype=dtype)
+    x[0, 0], x[1, 0] = 1e4 * gate.weight[0].sign(), -1e4 * gate.weight[0].sign()
+    found = hazard_rows(x, gate.weight, gate.bias)
+    assert found is not None
+    torch.testing.assert_close(found, gate.hazard(x), rtol=0, atol=TOLERANCE[dtype])
+    # No rule stops for what is not a number, so it must not become one.
+    assert bool(hazard_rows(torch.full_like(x, torch.nan), gate.weight, gate.bias).isnan().all())  # type: ignore[union-attr]
 
 
 @dtypes
@@ -107,6 +121,7 @@ def test_other_dtypes_and_gradients_are_left_to_torch() -> None:
     assert norm_rows(x.bfloat16(), weight.bfloat16(), 1e-6) is None
     assert norm_rows(x.t(), torch.ones(2), 1e-6) is None
     assert pick_rows(x.bfloat16(), None) is None
+    assert hazard_rows(x.bfloat16(), torch.ones(1, 6), torch.ones(1)) is None
     with torch.enable_grad():
         assert gate_rows(x) is None
         assert not rotate_rows(x, torch.ones(2, 1), torch.ones(2, 1), heads=3, interleaved=False)
@@ -120,5 +135,8 @@ def test_a_fast_model_is_the_same_model(shape: str) -> None:
     assert {FastNorm, FastMLP, FastAttention} <= kinds
     assert not {RMSNorm, GatedMLP} & kinds
     assert {type(module) for module in model.modules()} >= {RMSNorm, GatedMLP}
+    assert (FastGate in kinds) == model.config.gate
     tokens = torch.tensor([[1, 2, 3, 4, 5]])
-    torch.testing.assert_close(twin(tokens).logits, model(tokens).logits, rtol=0, atol=1e-11)
+    found, wanted = (each(tokens, collect=("signals",)) for each in (twin, model))
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-11)
+    torch.testing.assert_close(found.loop_signals, wanted.loop_signals, rtol=0, atol=1e-12)

@@ -4,7 +4,6 @@ Axes: B batch, T tokens, R loops, D width, V vocabulary, N rows; "..." is (B, T)
 """
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +22,7 @@ from loopwise.models.config import LoopedLMConfig
 from loopwise.models.scoring import score
 from loopwise.nn.attention import Attention, CausalMemory, Memory, Plane
 from loopwise.nn.block import Block, Stack
+from loopwise.nn.gate import HazardGate
 from loopwise.nn.kernels.causal import has_causal_kernel
 from loopwise.nn.mlp import GatedMLP
 from loopwise.nn.noise import truncated_normal
@@ -97,7 +97,7 @@ class LoopedLM(LoopModel):
             else None
         )
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.gate = nn.Linear(config.width, 1) if config.gate else None
+        self.gate = HazardGate(config.width) if config.gate else None
         self.head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
         # A function, not a bound method: a deep copy would go on running the original's weights.
         self._compiled: Callable[[LoopedLM, Tensor, Tensor, Rotary, Plane], Tensor] | None = None
@@ -279,16 +279,7 @@ class LoopedLM(LoopModel):
         """Probability of stopping here, in float32 or wider (Ouro, eq. 3); None without a gate."""
         if self.gate is None:
             return None
-        seen = widen(state if self.config.loop_norm else self.norm(state))
-        weight: Tensor = self.gate.weight
-        bias: Tensor = self.gate.bias
-        device = seen.device.type
-        if weight.dtype != seen.dtype:
-            weight, bias = weight.to(seen.dtype), bias.to(seen.dtype)
-        # Autocast would take the product back to bfloat16, whose steps near 1 are coarser than thresholds.
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            logit = F.linear(seen, weight, bias)
-        return torch.sigmoid(logit).squeeze(-1)
+        return self.gate.hazard(widen(state if self.config.loop_norm else self.norm(state)))
 
     def signal(self, state: Tensor, prediction: Tensor | None) -> Tensor | None:
         return self.hazard(state)

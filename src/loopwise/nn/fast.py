@@ -6,8 +6,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopwise.nn.attention import Attention, Plane
+from loopwise.nn.gate import HazardGate
 from loopwise.nn.kernels.linear import fast_twin
-from loopwise.nn.kernels.rows import gate_rows, norm_rows, rotate_rows
+from loopwise.nn.kernels.rows import gate_rows, hazard_rows, norm_rows, rotate_rows
 from loopwise.nn.mlp import GatedMLP
 from loopwise.nn.norms import RMSNorm
 from loopwise.nn.rotary import Rotary
@@ -51,11 +52,24 @@ class FastAttention(Attention):
         return out
 
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: FastNorm, GatedMLP: FastMLP, Attention: FastAttention}
+class FastGate(HazardGate):
+    """A `HazardGate` in one call."""
+
+    def hazard(self, seen: Float[Tensor, "... width"]) -> Float[Tensor, "..."]:
+        out = hazard_rows(seen, self.weight, self.bias)
+        return super().hazard(seen) if out is None else out
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    RMSNorm: FastNorm,
+    GatedMLP: FastMLP,
+    Attention: FastAttention,
+    HazardGate: FastGate,
+}
 
 
 def fast_model(model: Model) -> Model:
-    """`fast_twin`, and norms, gates and rotations of few operations; elsewhere than on a CPU all is as it was."""
+    """`fast_twin`, and norms, rotations and gates of few operations; elsewhere than on a CPU all is as it was."""
     twin = fast_twin(model)
     for module in twin.modules():
         module.__class__ = _FAST.get(type(module), type(module))

@@ -1,4 +1,4 @@
-// What a few rows need beside products and attention: norms, rotations, gates, and the choice of a token.
+// What a few rows need beside products and attention: norms, rotations, gates, hazards, and the choice of a token.
 //
 // Each is a handful of operations to torch, and for few rows starting an operation takes longer than the operation.
 // Compiled like cpu.cpp.
@@ -62,6 +62,15 @@ template <typename T> void gate(const T* x, T* y, int64_t N, int64_t D, int thre
     }
 }
 
+// y = sigmoid(x w + b): a number per row, too little work for more than one thread.
+template <typename T> void hazard(const T* x, const T* w, const T* b, T* y, int64_t N, int64_t D) {
+    for (int64_t n = 0; n < N; ++n) {
+        T sum = 0;
+        for (int64_t i = 0; i < D; ++i) sum += x[n * D + i] * w[i];
+        y[n] = 1 / (1 + std::exp(-(sum + b[0])));
+    }
+}
+
 // The first place of the largest number.
 template <typename T> int64_t largest(const T* x, int64_t count) {
     T most = x[0];
@@ -98,6 +107,9 @@ void pick(const T* logits, const double* noisy, int64_t* tokens, double* chances
     }                                                                                                                 \
     extern "C" void loopwise_gate_##name(const T* x, T* y, int64_t N, int64_t D, int threads) {                       \
         gate(x, y, N, D, threads);                                                                                    \
+    }                                                                                                                 \
+    extern "C" void loopwise_hazard_##name(const T* x, const T* w, const T* b, T* y, int64_t N, int64_t D) {          \
+        hazard(x, w, b, y, N, D);                                                                                     \
     }                                                                                                                 \
     extern "C" void loopwise_pick_##name(const T* logits, const double* noisy, int64_t* tokens, double* chances,      \
                                          int64_t N, int64_t V, int threads) {                                         \

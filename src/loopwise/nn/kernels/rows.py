@@ -1,4 +1,4 @@
-"""Norms, rotations, gates and choices of few rows on a CPU, each in one call: see `rows.cpp`.
+"""Norms, rotations, gates, hazards and choices of few rows on a CPU, each in one call: see `rows.cpp`.
 
 float32 and float64, without gradients; where a function returns None or False, torch's own operations have to do it.
 
@@ -27,6 +27,7 @@ class RowKernels:
     norm: Callable[..., None]
     rotate: Callable[..., None]
     gate: Callable[..., None]
+    hazard: Callable[..., None]
     pick: Callable[..., None]
 
 
@@ -41,6 +42,7 @@ def load_row_kernels() -> dict[torch.dtype, RowKernels]:
         "norm": (*[pointer] * 3, size, size, ctypes.c_double, threads),
         "rotate": (*[pointer] * 3, *[size] * 4, ctypes.c_int, threads),
         "gate": (*[pointer] * 2, size, size, threads),
+        "hazard": (*[pointer] * 4, size, size),
         "pick": (*[pointer] * 4, size, size, threads),
     }
     found = {}
@@ -81,6 +83,19 @@ def gate_rows(x: Float[Tensor, "... both"]) -> Tensor | None:
     width = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], width)
     kernels.gate(x.data_ptr(), out.data_ptr(), x.numel() // (2 * width), width, torch.get_num_threads())
+    return out
+
+
+def hazard_rows(
+    x: Float[Tensor, "... width"], weight: Float[Tensor, "1 width"], bias: Float[Tensor, "1"]
+) -> Tensor | None:
+    """sigmoid(x w + b), a number per row."""
+    kernels = _kernels(x)
+    if kernels is None or not weight.dtype == bias.dtype == x.dtype or not weight.is_contiguous():
+        return None
+    width = x.shape[-1]
+    out = x.new_empty(x.shape[:-1])
+    kernels.hazard(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), x.numel() // width, width)
     return out
 
 
