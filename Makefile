@@ -44,11 +44,11 @@ test: $(DEV) ## lint, types and all tests but the slow ones
 	$(PYTEST) -q $(SPREAD) || failed="$$failed tests"; \
 	if [ "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
-test-all: $(DEV) ## the same with the slow tests and a wider search for counterexamples
+test-all: $(DEV) ## the same with the slow tests and a wider search for counterexamples; see tests/test-all.json
 	@failed=; \
 	{ $(LINT); } || failed="$$failed lint"; \
-	$(COMPILES) -m compiles || failed="$$failed compiling-tests"; \
-	$(PYTEST) -q $(SPREAD) -m 'not compiles and not browser' --hypothesis-profile=search || failed="$$failed tests"; \
+	$(COMPILES) -m compiles --record=compiles || failed="$$failed compiling-tests"; \
+	$(PYTEST) -q $(SPREAD) -m 'not compiles and not browser' --hypothesis-profile=search --record=all || failed="$$failed tests"; \
 	if [ "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 test-browser: $(DEV) ## drive the studio in a real Chromium (CHROMIUM=path; without one, it is fetched)

@@ -6,10 +6,12 @@
 load      The server on a loopback port, its clients in another process. First its capacity: 32 clients that always ask
           again. Then open Poisson arrivals at 0.7 of it for 60 s: prompts of 64 tokens of held-out text, answers of 32
           to 192 tokens, all efforts in turn, every second answer streamed. Every answer is compared with the engine's
-          own without a server, text and loops. Bars: no wrong answer; the server's CPU seconds per token under 10% of
-          the engine's (the client is a process of its own and not counted). `shipped` is the checkpoint of 0.7 million
-          parameters that comes with Loopwise, with a measured ladder, in float32, where rounding may once in some
-          100,000 tokens choose another; `exact` is the same in float64; `wide` has 17 million at random, since a server
+          own without a server, text and loops. One that differs is followed in float64, token by token and loop by
+          loop: it is wrong if a token's score lies more than 1e-4 below the best, or a loop's probability of having
+          stopped more than 1e-4 on the wrong side of the rule's threshold; else rounding chose between two. Bars: no
+          wrong answer; the server's CPU seconds per token under 10% of the engine's (the client is a process of its own
+          and not counted). `shipped` is the checkpoint of 0.7 million parameters that comes with Loopwise, with a
+          measured ladder, in float32; `exact` is the same in float64; `wide` has 17 million at random, since a server
           costs the same for every model.
 efforts   The shipped checkpoint with a measured ladder: loss on held-out text at every rung, the continuation's own
           tokens followed by the engine, and seconds per token of answers over HTTP. Bars: loss does not rise with
@@ -19,6 +21,7 @@ Results go to benchmarks/results/serving.json.
 """
 
 import asyncio
+import copy
 import json
 import math
 import random
@@ -29,7 +32,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ RESULTS = Path(__file__).parent / "results" / "serving.json"
 FOLDER = Path("runs/benchmarks/served")
 CLOSED, CAPACITY_SECONDS, OPEN_SECONDS, SHARE = 32, 12.0, 60.0, 0.7
 POLICY, TEMPERATURE, SEED = "last_exited", 0.8, 0
+ROUNDING = 1e-4
+"""How far float32 may stand from float64 where it chooses."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,7 @@ def shipped(dtype: str = "float32") -> Any:
     model = loopwise.load("shipped", dtype="float32")
     data = of_text(Corpus("python"), model.tokenizer, units=12_000, length=256, most_documents=4)
     loopwise.save(model, FOLDER)
-    write_ladder(model, calibrate_ladder(model, data, rounds=1), FOLDER)
+    write_ladder(model, calibrate_ladder(model, data), FOLDER)
     return loopwise.load(FOLDER, dtype=dtype)
 
 
@@ -269,6 +274,55 @@ def offline(model: Any, served: Served, asks: Sequence[Ask]) -> list[Any]:
     return Engine(model, POLICY, speculate="off", memory="1GiB").generate([ask.prompt for ask in asks], settings)
 
 
+@contextmanager
+def said_by(engine: Any) -> Iterator[dict[int, Any]]:
+    """What the engine itself answered, and the settings that it was asked with, by the request's seed."""
+    kept: dict[int, Any] = {}
+    close = engine._core._done
+
+    def keep(request: Any) -> None:
+        kept[request.sampling.seed] = request.answer.completion(seconds=0.0, prompt_seconds=0.0), request.sampling
+        close(request)
+
+    engine._core._done = keep
+    try:
+        yield kept
+    finally:
+        engine._core._done = close
+
+
+def farthest(exact: Any, given: Any, sampling: Any) -> float:
+    """How far an answer's choices stand from those of a float64 model that follows it, at most."""
+    import torch
+
+    from loopwise.engine.engine import Engine
+    from loopwise.engine.request import Replay
+    from loopwise.loops.exits import Hazard, parse_rule
+    from loopwise.nn.noise import gumbel
+
+    every = replace(sampling, logprobs=exact.config.vocab_size)
+    engine = Engine(exact, POLICY, speculate="off", memory="1GiB")
+    replayed = Replay(tokens=given.tokens, loops=given.loops)
+    found = engine.submit(given.prompt, every, replay=replayed, signals=True).wait()
+    distance = 0.0
+    rule = parse_rule(sampling.exit) if sampling.exit else None
+    assert rule is None or isinstance(rule, Hazard), f"{rule} is not followed here"
+    for place, (token, loops) in enumerate(zip(found.tokens, found.loops, strict=True)):
+        ids = torch.tensor([one for one, _ in found.tops[place]])
+        scores = torch.tensor([chance for _, chance in found.tops[place]], dtype=torch.float64) / sampling.temperature
+        position = len(given.prompt) + place
+        scores += gumbel(sampling.seed, "sampling", torch.tensor(0), torch.tensor(position), ids)
+        distance = max(distance, float(scores.max() - scores[ids == token]))
+        if rule is None or place == 0:  # the first token's row is the prompt's, which runs every loop
+            continue
+        stopped = 1 - torch.cumprod(1 - torch.tensor(found.signals[place], dtype=torch.float64), 0)
+        early, last = stopped[: loops - 1], float(stopped[loops - 1])
+        distance = max([distance, *(float(chance) - rule.threshold for chance in early)])
+        if loops < sampling.max_loops:
+            distance = max(distance, rule.threshold - last)
+    return distance
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and 95th percentile, in milliseconds."""
     ordered = sorted(values)
@@ -286,17 +340,22 @@ def load(name: str) -> dict[str, Any]:
         seconds, got = client(served.url, ample[64:], seconds=CAPACITY_SECONDS, rate=None)
         capacity, tokens = len(got) / seconds, sum(one.tokens for one in got)
         asks = make_asks(model, math.ceil(2 * SHARE * capacity * OPEN_SECONDS) + 100, first=0)
-        before, ticks = served.cpu(), served.service.engine._core.counts.ticks
-        open_seconds, answers = client(served.url, asks, seconds=OPEN_SECONDS, rate=SHARE * capacity)
+        before = served.cpu()
+        with said_by(served.service.engine) as said:
+            open_seconds, answers = client(served.url, asks, seconds=OPEN_SECONDS, rate=SHARE * capacity)
         after = served.cpu()
-        ticks = served.service.engine._core.counts.ticks - ticks
         answers.sort(key=lambda one: one.number)
         wanted = offline(model, served, asks[: len(answers)])
-        wrong = [
+        different = [
             one.number
             for one, other in zip(answers, wanted, strict=True)
             if (one.text, one.loops, one.tokens) != (other.text, sum(other.loops), len(other.tokens))
         ]
+        for one in answers:
+            assert one.text == said[one.number][0].text, f"answer {one.number} is not what the engine said"
+        double = copy.deepcopy(model).double()
+        distances = {number: farthest(double, *said[number]) for number in different}
+        control = max(farthest(double, *said[one.number]) for one in answers[:20])
         refused = served.service.meters.refused
         served.service.engine.check_idle()
     made = after[2] - before[2]
@@ -310,8 +369,10 @@ def load(name: str) -> dict[str, Any]:
         "tokens": made,
         "mean_loops": sum(one.loops for one in answers) / made,
         "ladder": served.service.efforts.ladder.facts(),
-        "wrong_answers": len(wrong),
-        "wrong_numbers": wrong[:10],
+        "wrong_answers": sum(distance > ROUNDING for distance in distances.values()),
+        "different_by_rounding": {n: distance for n, distance in distances.items() if distance <= ROUNDING},
+        "wrong_by": {n: distance for n, distance in distances.items() if distance > ROUNDING},
+        "farthest_of_20_equal_answers": control,
         "refused": refused,
         "engine_cpu_us_per_token": 1e6 * engine_cpu,
         "server_cpu_us_per_token": 1e6 * server_cpu,

@@ -14,7 +14,7 @@ from loopwise.loops.drivers import run_until
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.study.ask import QUESTIONS, Answer, Studies, answer, ask
 from loopwise.study.examples import Examples, head, of_pointer_chasing, of_task, of_text
-from loopwise.study.ladder import calibrate_ladder
+from loopwise.study.ladder import Run, calibrate_ladder, choose
 from loopwise.study.report import ASKED, page, report, training
 from loopwise.study.subject import StudyConfig, Subject, open_data
 from loopwise.tasks.corpus import Corpus
@@ -182,6 +182,28 @@ def test_a_measured_ladder_is_what_running_its_rungs_gives() -> None:
         assert rung.seconds_per_token > 0
         losses.append(rung.loss)
     assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("losses", "seconds", "expected"),
+    [
+        ([3.0, 2.5, 2.0], [1.0, 2.0, 3.0], [0, 1, 2]),
+        ([3.0, 3.1, 2.0], [1.0, 2.0, 3.0], [0, 0, 2]),  # more loops that cost quality
+        ([3.0, 2.5, 2.0], [1.0, 3.0, 3.0], [0, 2, 2]),  # fewer loops that save no time
+        ([3.0, 2.5, 2.0], [2.95, 2.94, 3.0], [2, 2, 2]),
+        ([3.0, 2.5, 2.6], [1.0, 2.0, 1.5], [0, 1, 1]),
+        ([3.0, 2.5, 2.0], [None, None, None], [0, 1, 2]),
+    ],
+)
+def test_more_effort_never_costs_quality_and_less_never_time(
+    losses: list[float], seconds: list[float | None], expected: list[int]
+) -> None:
+    settings: list[tuple[int, str | None]] = [(1, None), (4, "hazard:0.5"), (4, None)]
+    runs = {
+        setting: Run(loss=loss, accuracy=0.5, mean_loops=place + 1.0, seconds=took)
+        for place, (setting, loss, took) in enumerate(zip(settings, losses, seconds, strict=True))
+    }
+    assert choose(settings[::-1], runs) == [settings[place] for place in expected]
 
 
 def test_a_ladder_of_one_depth_is_one_rung() -> None:
