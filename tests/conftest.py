@@ -37,7 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", metavar="NAME", help=f"write what this run came to into {RECORD.name}, under this name")
+    parser.addoption(
+        "--record", metavar="NAME", help=f"write what this run came to into {RECORD.name}, under this name"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
