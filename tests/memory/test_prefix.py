@@ -9,7 +9,7 @@ from loopwise.memory.prefix import PrefixCache
 
 PAGE = 4
 PLANES = [BOUNDARY, 1, 2]
-LAYOUT = Layout(core=range(1, 2), boundary=(0,), kv_heads=1, head_width=2, dtype=torch.float64, page=PAGE)
+LAYOUT = Layout(core=range(1, 2), boundary=(0,), heads=1, kv_heads=1, head_width=2, dtype=torch.float64, page=PAGE)
 
 
 @pytest.fixture

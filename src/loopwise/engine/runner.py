@@ -246,6 +246,7 @@ def layout_of(model: LoopedLM) -> Layout:
     return Layout(
         core=range(config.prelude_layers, coda),
         boundary=(*range(config.prelude_layers), *range(coda, config.layers)),
+        heads=config.heads,
         kv_heads=config.kv_heads,
         head_width=config.head_width,
         dtype=model.embed.weight.dtype,

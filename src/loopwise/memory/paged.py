@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loopwise.loops.planes import PlanePolicy
 from loopwise.memory.pages import PagePool, page_bytes
-from loopwise.nn.kernels import paged_attention
+from loopwise.nn.kernels import cut_tiles, paged_attention, tiles_wanted
 
 BOUNDARY = 0
 """The plane of prelude and coda; the core's planes are 1 to R."""
@@ -40,6 +40,7 @@ class Layout:
     """Layers of the core."""
     boundary: tuple[int, ...]
     """Layers of prelude and coda."""
+    heads: int
     kv_heads: int
     head_width: int
     dtype: torch.dtype
@@ -219,7 +220,10 @@ class PagedMemory:
         capacity = self._table.shape[2]
         rows = seats.astype(np.int64) * (self.planes + 1) + loops
         lengths = positions.astype(np.int64) + 1
-        table = torch.from_numpy(self._table).view(-1, capacity)
+        table, tiles = torch.from_numpy(self._table).view(-1, capacity), None
+        if tiles_wanted(device, self.layout.dtype):
+            # Cut here, where the rows are known without asking the device.
+            tiles = cut_tiles(rows.tolist(), self.layout.heads // self.layout.kv_heads).to(device)
         if device.type != "cpu":
             # Only what this launch reads goes to the device.
             kept, rows = cut_table(table.numpy(), rows, int(lengths.max()))
@@ -229,6 +233,7 @@ class PagedMemory:
             table=table,
             rows=torch.from_numpy(rows).to(device),
             lengths=torch.from_numpy(lengths).to(device),
+            tiles=tiles,
             blend=blend,
         )
 
@@ -256,7 +261,7 @@ class PagedMemory:
             v = torch.where(share == 1.0, v, old_v + (v - old_v) * share)
         keys[launch.slots] = k
         values[launch.slots] = v
-        return paged_attention(q, keys, values, launch.table, launch.rows, launch.lengths)
+        return paged_attention(q, keys, values, launch.table, launch.rows, launch.lengths, tiles=launch.tiles)
 
 
 _Index = int | slice | Int[np.ndarray, " loops"]
@@ -279,6 +284,7 @@ class _Launch:
     table: Int[Tensor, "table_rows capacity"]
     rows: Int[Tensor, " rows"]
     lengths: Int[Tensor, " rows"]
+    tiles: Int[Tensor, "tiles two"] | None
     blend: Float[Tensor, " rows"] | None
 
 

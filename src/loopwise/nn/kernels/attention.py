@@ -4,7 +4,9 @@ Axes: N rows, H heads, G key-value heads, K head width, S slots of the pool, M r
 """
 
 import ctypes
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,36 @@ _Sizes = ctypes.c_int64 * 10
 
 COPIED = 2**25
 """Numbers of keys that `gathered_attention` copies at a time; as many of values."""
+TILE = 64
+"""Queries, rows times heads, that a GPU's program takes together at most where rows read the same table row."""
+_TRITON_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def tiles_wanted(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `paged_attention` there is a kernel that takes `cut_tiles`: a GPU of NVIDIA or AMD, and Triton."""
+    return device.type == "cuda" and dtype in _TRITON_DTYPES and _has_triton()
+
+
+def cut_tiles(rows: Sequence[int], group: int) -> Int32[Tensor, "tiles two"]:
+    """First row and number of rows of every tile: neighbours of a launch that read the same table row.
+
+    Args:
+        rows: the table row of each row.
+        group: query heads of one key-value head.
+    """
+    most = max(1, TILE // group)
+    tiles: list[list[int]] = []
+    for place, row in enumerate(rows):
+        if tiles and rows[tiles[-1][0]] == row and tiles[-1][1] < most:
+            tiles[-1][1] += 1
+        else:
+            tiles.append([place, 1])
+    return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2)
 
 
 def paged_attention(
@@ -27,14 +59,16 @@ def paged_attention(
     rows: Int[Tensor, " rows"],
     lengths: Int[Tensor, " rows"],
     scale: float | None = None,
+    tiles: Int32[Tensor, "tiles two"] | None = None,
 ) -> Float[Tensor, "rows heads head_width"]:
     """Row n attends over slots `table[rows[n], :lengths[n]]` of `keys` and `values`; a row of length 0 answers zeros.
 
     Head h reads key-value head h // (H / G). Neighbours with the same table row share what is read of it, so keep the
     rows of a prompt together. `scale` multiplies the scores; None means K ** -0.5.
 
-    On a CPU, in float32 and float64, without gradients, this is one pass over the pool where it lies; elsewhere it is
-    `gathered_attention`.
+    Without gradients this is one pass over the pool where it lies: on a CPU in float32 and float64, on a GPU with
+    Triton in float32, bfloat16 and float16. Elsewhere it is `gathered_attention`. `tiles` are those of `cut_tiles`, on
+    the device, for who has them already.
 
     Raises:
         ValueError: for shapes that do not fit.
@@ -58,6 +92,12 @@ def paged_attention(
         kernels = load_cpu_kernels()
         if kernels is not None and q.dtype in kernels.attend:
             return _attend(kernels.attend[q.dtype], q, keys, values, table, rows, lengths, scale)
+    if tiles_wanted(q.device, q.dtype) and not torch.is_grad_enabled() and q.dtype == keys.dtype == values.dtype:
+        from loopwise.nn.kernels.triton_attention import triton_attention
+
+        if tiles is None:
+            tiles = cut_tiles(rows.tolist(), heads // kv_heads).to(q.device)
+        return triton_attention(q, keys, values, table, rows, lengths, tiles, scale)
     return gathered_attention(q, keys, values, table, rows, lengths, scale)
 
 

@@ -1,0 +1,65 @@
+"""The GPU's kernel of paged attention against loops written out: on a GPU, or in Triton's interpreter on a CPU.
+
+    pip install triton; pytest tests/nn/test_triton_attention.py
+
+without a GPU, where it is not installed otherwise. How tiles are cut is tested everywhere.
+"""
+
+import importlib.util
+import os
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loopwise.nn.kernels import cut_tiles, paged_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    # Read when the kernel is defined. Code that jaxtyping checks is not affected.
+    os.environ["TRITON_INTERPRET"] = "1"
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
+kernels: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("test_kernels.py")))
+case, naive_attention, CASES = kernels["case"], kernels["naive_attention"], kernels["CASES"]
+# Triton's interpreter (3.9) has no products of bfloat16.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 0.02} | ({torch.bfloat16: 0.1} if DEVICE == "cuda" else {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "tiles"),
+    [
+        ([], 1, []),
+        ([3], 1, [[0, 1]]),
+        ([3, 4, 3], 1, [[0, 1], [1, 1], [2, 1]]),
+        ([5, 5, 5, 2, 2, 7], 4, [[0, 3], [3, 2], [5, 1]]),
+        ([1] * 40, 4, [[0, 16], [16, 16], [32, 8]]),
+        ([1] * 3, 128, [[0, 1], [1, 1], [2, 1]]),
+    ],
+)
+def test_neighbours_with_one_table_row_are_a_tile(rows: list[int], group: int, tiles: list[list[int]]) -> None:
+    assert cut_tiles(rows, group).tolist() == tiles
+
+
+@needs_triton
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 20), (8, 1, 64)])
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_kernel_equals_loops_written_out(
+    name: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype
+) -> None:
+    from loopwise.nn.kernels.triton_attention import triton_attention
+
+    lengths, rows = CASES[name]
+    given = case(lengths, rows, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype)
+    tiles = cut_tiles(rows, heads // kv_heads)
+    there = [each.to(DEVICE) for each in given]
+    found = triton_attention(*there, tiles.to(DEVICE), width**-0.5)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.cpu().double(), naive_attention(*given, None), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )
+    if DEVICE == "cuda":
+        torch.testing.assert_close(paged_attention(*there), found)
