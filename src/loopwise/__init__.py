@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from loopwise.engine.engine import Engine as Engine
-    from loopwise.engine.reference import generate as generate
     from loopwise.engine.sampling import Sampling as Sampling
+    from loopwise.engine.write import generate as generate
     from loopwise.hub.checkpoints import save as save
     from loopwise.hub.machines import load as load
     from loopwise.hub.tokenizer import Tokenizer as Tokenizer
@@ -32,7 +32,7 @@ _HOMES = {
     "LoopedLMConfig": "loopwise.models.config",
     "Sampling": "loopwise.engine.sampling",
     "Tokenizer": "loopwise.hub.tokenizer",
-    "generate": "loopwise.engine.reference",
+    "generate": "loopwise.engine.write",
     "load": "loopwise.hub.machines",
     "parse_rule": "loopwise.loops.exits",
     "run_until": "loopwise.loops.drivers",

@@ -6,18 +6,19 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import loopwise
 from loopwise.cli import chat, main
 from loopwise.cli.models import ChatConfig
-from loopwise.engine import reference
 from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
+from loopwise.engine.write import Writing
 
 Talk = Callable[..., tuple[int, list[str], list[str]]]
+Say = Callable[[Callable[[int], int]], None]
+Written = list[tuple[Writing, Sampling]]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
@@ -40,25 +41,23 @@ def talk(chat_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 
 @pytest.fixture
-def letters(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Every reply is `ok.`, ended by the model itself; the prompts that it was given."""
-    prompts: list[list[int]] = []
-    begin = reference._begin
-
-    def watched(model: Any, prompt: Any, *rest: Any) -> Any:
-        prompts.append(list(prompt))
-        return begin(model, prompt, *rest)
-
-    def chosen(*_: Any, position: int, **__: Any) -> int:
-        return [*b"ok.", 256][min(position - len(prompts[-1]), 3)]
-
-    monkeypatch.setattr(reference, "_begin", watched)
-    monkeypatch.setattr(reference, "choose", chosen)
-    return prompts
+def letters(say: Say, written: Written) -> Written:
+    """Every reply is `ok.`, ended by the model itself; what was written."""
+    say(okay)
+    return written
 
 
-def texts(prompts: list[list[int]]) -> list[str]:
-    return [bytes(prompt).decode() for prompt in prompts]
+def okay(place: int) -> int:
+    return [*b"ok.", 256][min(place, 3)]
+
+
+def stop() -> int:
+    raise KeyboardInterrupt
+
+
+def texts(written: Written) -> list[str]:
+    """The prompts."""
+    return [bytes(writing.prompt).decode() for writing, _ in written]
 
 
 def test_a_reply_is_the_models_answer_to_the_laid_out_conversation(talk: Talk, chat_model: Path) -> None:
@@ -70,13 +69,13 @@ def test_a_reply_is_the_models_answer_to_the_laid_out_conversation(talk: Talk, c
     assert err == ["(cut at max_tokens=12)"]
 
 
-def test_the_conversation_is_remembered(talk: Talk, letters: list[list[int]]) -> None:
+def test_the_conversation_is_remembered(talk: Talk, letters: Written) -> None:
     assert talk(["Hi", "", "  Who? "], "--system", "Be kind.") == (0, ["ok.", "ok."], [])
     first = "<system>Be kind.\n<user>Hi\n<assistant>"
     assert texts(letters) == [first, f"{first}ok.\n<user>Who?\n<assistant>"]
 
 
-def test_reset_and_exit(talk: Talk, letters: list[list[int]]) -> None:
+def test_reset_and_exit(talk: Talk, letters: Written) -> None:
     assert talk(["a", "/reset", "b", "/exit", "c"]) == (0, ["ok.", "ok."], [])
     assert texts(letters) == ["<user>a\n<assistant>", "<user>b\n<assistant>"]
 
@@ -88,22 +87,20 @@ class TestPlain:
         assert err[0].startswith(f"error: {base_model} has no chat template: it is a base model that continues text")
         assert err[0].endswith("--plain")
 
-    def test_lines_of_user_and_assistant(
-        self, talk: Talk, base_model: Path, monkeypatch: pytest.MonkeyPatch, letters: list[list[int]]
-    ) -> None:
+    def test_lines_of_user_and_assistant(self, talk: Talk, base_model: Path, say: Say, written: Written) -> None:
         reply = list(b" Yes!\nUser: and then?")
-        monkeypatch.setattr(reference, "choose", lambda *_, position, **__: reply[position - len(letters[-1])])
+        say(lambda place: reply[place])
         assert talk(["Hi", "So?"], "--plain", "--system", "Be kind.", model=base_model) == (0, [" Yes!", " Yes!"], [])
         first = "System: Be kind.\nUser: Hi\nAssistant:"
-        assert texts(letters) == [first, f"{first} Yes!\nUser: So?\nAssistant:"]
+        assert texts(written) == [first, f"{first} Yes!\nUser: So?\nAssistant:"]
 
-    def test_a_template_may_be_left_aside(self, talk: Talk, letters: list[list[int]]) -> None:
+    def test_a_template_may_be_left_aside(self, talk: Talk, letters: Written) -> None:
         assert talk(["Hi"], "--plain")[1] == ["ok."]
         assert texts(letters) == ["User: Hi\nAssistant:"]
 
 
 class TestContext:
-    def test_the_oldest_turns_are_forgotten_and_it_is_said(self, talk: Talk, letters: list[list[int]]) -> None:
+    def test_the_oldest_turns_are_forgotten_and_it_is_said(self, talk: Talk, letters: Written) -> None:
         code, out, err = talk([letter * 150 for letter in "abcde"], "max_tokens=8", "--system", "S")
         assert (code, out) == (0, ["ok."] * 5)
         assert err == ["the context of 512 tokens is full: forgot the oldest turn"] * 3
@@ -113,13 +110,13 @@ class TestContext:
             [letter * 150 for letter in kept] for kept in ("a", "ab", "bc", "cd", "de")
         ]
 
-    def test_several_turns_at_once(self, talk: Talk, letters: list[list[int]]) -> None:
+    def test_several_turns_at_once(self, talk: Talk, letters: Written) -> None:
         err = talk(["a" * 80, "b" * 80, "c" * 80, "d" * 400], "max_tokens=8")[2]
         assert err == ["the context of 512 tokens is full: forgot the oldest 3 turns"]
         assert texts(letters)[-1] == f"<user>{'d' * 400}\n<assistant>"
 
     def test_a_message_that_is_too_long_is_refused_and_nothing_else_forgotten(
-        self, talk: Talk, letters: list[list[int]]
+        self, talk: Talk, letters: Written
     ) -> None:
         code, out, err = talk(["a", "b" * 600, "c"])
         assert (code, out) == (0, ["ok.", "ok."])
@@ -127,27 +124,19 @@ class TestContext:
         assert err[0].startswith("error: the prompt has 618 tokens; the context holds 512")
         assert texts(letters)[-1] == "<user>a\n<assistant>ok.\n<user>c\n<assistant>"
 
-    def test_a_reply_that_fills_the_context_is_cut(self, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(reference, "choose", lambda *_, **__: ord("a"))
+    def test_a_reply_that_fills_the_context_is_cut(self, talk: Talk, say: Say) -> None:
+        say(lambda place: ord("a"))
         code, out, err = talk(["x" * 490], "max_loops=1")
         assert (code, out) == (0, ["aaaa"])
         assert err == ["(cut: the context of 512 tokens is full; /reset begins anew)"]
 
 
 class TestCommands:
-    def test_loops_and_rules(self, talk: Talk, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen: list[tuple[str, int, str]] = []
-        begin = reference._begin
-
-        def watched(*arguments: Any) -> Any:
-            generation = begin(*arguments)
-            seen.append((str(generation.rule), generation.max_loops, generation.policy))
-            return generation
-
-        monkeypatch.setattr(reference, "_begin", watched)
+    def test_loops_and_rules(self, talk: Talk, written: Written) -> None:
         said = ["/rule hazard:0.6", "a", "/loops 3", "a", "/rule off", "a", "/loops", "/rule"]
         code, _, err = talk(said, "max_tokens=1")
         assert code == 0
+        seen = [(str(writing.rule), writing.max_loops, writing.policy) for writing, _ in written]
         assert seen == [("hazard:0.6", 4, "last_exited"), ("hazard:0.6", 3, "last_exited"), ("fixed:3", 3, "per_loop")]
         assert [line for line in err if not line.startswith("(cut")] == [
             "4 loops, leaving early by hazard:0.6",
@@ -184,7 +173,7 @@ class TestCommands:
         ],
     )
     def test_mistakes_change_nothing_and_end_nothing(
-        self, talk: Talk, letters: list[list[int]], command: str, line: str
+        self, talk: Talk, letters: Written, command: str, line: str
     ) -> None:
         code, out, err = talk([command, "/rule", "a"], "min_loops=2")
         assert (code, out, len(err)) == (0, ["ok."], 2)
@@ -221,31 +210,13 @@ class TestRefusals:
 
 
 class TestInterrupts:
-    def test_a_reply_is_stopped_and_the_session_goes_on(
-        self, talk: Talk, letters: list[list[int]], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        choose = reference.choose
-
-        def chosen(*arguments: Any, position: int, **options: Any) -> int:
-            if len(letters) == 1 and position == len(letters[0]) + 2:
-                raise KeyboardInterrupt
-            return choose(*arguments, position=position, **options)
-
-        monkeypatch.setattr(reference, "choose", chosen)
+    def test_a_reply_is_stopped_and_the_session_goes_on(self, talk: Talk, letters: Written, say: Say) -> None:
+        say(lambda place: stop() if (len(letters), place) == (1, 2) else okay(place))
         assert talk(["a", "b"]) == (0, ["ok", "ok."], ["(stopped)"])
         assert texts(letters)[1] == "<user>a\n<assistant>ok\n<user>b\n<assistant>"
 
-    def test_a_reply_that_had_not_begun_is_taken_back(
-        self, talk: Talk, letters: list[list[int]], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        choose = reference.choose
-
-        def chosen(*arguments: Any, **options: Any) -> int:
-            if len(letters) == 1:
-                raise KeyboardInterrupt
-            return choose(*arguments, **options)
-
-        monkeypatch.setattr(reference, "choose", chosen)
+    def test_a_reply_that_had_not_begun_is_taken_back(self, talk: Talk, letters: Written, say: Say) -> None:
+        say(lambda place: stop() if len(letters) == 1 else okay(place))
         assert talk(["a", "b"]) == (0, ["", "ok."], ["(stopped)"])
         assert texts(letters)[1] == "<user>b\n<assistant>"
 

@@ -16,14 +16,17 @@ import pytest
 
 import loopwise
 from loopwise.cli import main
-from loopwise.engine import reference
+from loopwise.engine.answer import Completion
 from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
+from loopwise.engine.write import Writing
 from loopwise.trace import LoopTrace
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PROMPT = "Once upon a time"
 Talk = Callable[..., tuple[int, str, str]]
+Say = Callable[[Callable[[int], int]], None]
+Written = list[tuple[Writing, Sampling]]
 
 
 @pytest.fixture
@@ -43,7 +46,7 @@ def talk(base_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     return run
 
 
-def told(base_model: Path, prompt: str | tuple[int, ...] = PROMPT, **sampling: Any) -> reference.Completion:
+def told(base_model: Path, prompt: str | tuple[int, ...] = PROMPT, **sampling: Any) -> Completion:
     """The same answer from the library."""
     return generate(cached(base_model), [prompt], Sampling(**sampling))[0]
 
@@ -121,8 +124,9 @@ def test_json(talk: Talk, base_model: Path) -> None:
     found = json.loads(out)
     assert {key: type(value) for key, value in found.items()} == SCHEMA
     done = told(base_model, max_tokens=10, exit="hazard:0.6")
-    for name in ("tokens", "loops", "logprobs"):
+    for name in ("tokens", "loops"):
         assert found[name] == list(getattr(done, name))
+    assert found["logprobs"] == pytest.approx(done.logprobs, abs=1e-4)
     assert found["prompt_tokens"] == list(PROMPT.encode())
     assert (found["text"], found["mean_loops"]) == (done.text, done.mean_loops)
     assert (found["rule"], found["policy"], found["max_loops"]) == ("hazard:0.6", "last_exited", 4)
@@ -258,17 +262,9 @@ class TestCompare:
         ratio = compared["tokens_per_second"] / compared["full_depth_tokens_per_second"]
         assert compared["speedup"] == pytest.approx(ratio)
 
-    def test_the_sides_take_turns_and_differ_in_depth(self, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-        runs: list[tuple[str, int]] = []
-        begin = reference._begin
-
-        def watched(model: Any, prompt: Any, sampling: Any, *rest: Any) -> Any:
-            generation = begin(model, prompt, sampling, *rest)
-            runs.append((f"{generation.rule} {generation.policy}", sampling.max_tokens))
-            return generation
-
-        monkeypatch.setattr(reference, "_begin", watched)
+    def test_the_sides_take_turns_and_differ_in_depth(self, talk: Talk, written: Written) -> None:
         _, out, err = talk(PROMPT, "max_tokens=6", "exit=hazard:0.6", "--compare")
+        runs = [(f"{writing.rule} {writing.policy}", sampling.max_tokens) for writing, sampling in written]
         assert runs == [("hazard:0.6 last_exited", 6)] + [("hazard:0.6 last_exited", 6), ("fixed:4 per_loop", 6)] * 3
         assert "tokens/s" not in out
         assert re.fullmatch(
@@ -325,14 +321,12 @@ class TestLimits:
                 assert talk("é", "max_tokens=20", "temperature=1.5", *words)[0] == 0
             assert b"?" in out.buffer.getvalue()  # type: ignore[attr-defined]
 
-    def test_a_terminal_does_not_obey_the_model(
-        self, talk: Talk, base_model: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_terminal_does_not_obey_the_model(self, talk: Talk, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
         class Terminal(io.StringIO):
             def isatty(self) -> bool:
                 return True
 
-        monkeypatch.setattr(reference, "choose", lambda *_, position, **__: b"\x1b[2J"[position % 4])
+        say(lambda place: b"[2J\x1b"[place % 4])
         assert talk("a", "max_tokens=8")[1] == "[2J\x1b[2J\x1b\n"
         screen = Terminal()
         monkeypatch.setattr(sys, "stdout", screen)
@@ -341,18 +335,13 @@ class TestLimits:
 
 
 class TestInterrupt:
-    @pytest.fixture(autouse=True)
-    def interrupt(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Ctrl-C while the sixth token is chosen."""
-        choose, count = reference.choose, iter(range(1, 1000))
+    @pytest.fixture
+    def interrupted(self, say: Say, base_model: Path) -> None:
+        """Ctrl-C while the sixth token is chosen; the others are the model's own."""
+        tokens = told(base_model, max_tokens=6).tokens
+        say(lambda place: tokens[place] if place < 5 else self.stop())
 
-        def chosen(*arguments: Any, **options: Any) -> int:
-            if next(count) == 6:
-                raise KeyboardInterrupt
-            return choose(*arguments, **options)
-
-        monkeypatch.setattr(reference, "choose", chosen)
-
+    @pytest.mark.usefixtures("interrupted")
     def test_what_there_is_stays(self, talk: Talk, base_model: Path) -> None:
         code, out, err = talk(PROMPT, "stop=qqq")
         assert (code, err) == (130, "interrupted\n")
@@ -361,6 +350,7 @@ class TestInterrupt:
         assert out.endswith("\n")
         assert len(out) > 3
 
+    @pytest.mark.usefixtures("interrupted")
     def test_json_and_trace(self, talk: Talk, tmp_path: Path) -> None:
         words = ("exit=hazard:0.6", "--trace", tmp_path / "a.trace", "--compare", "--json")
         code, out, err = talk(PROMPT, *words)
@@ -371,14 +361,14 @@ class TestInterrupt:
         assert "compare" not in found
         assert len(LoopTrace.load(tmp_path / "a.trace")) == len(PROMPT) + 5
 
+    @pytest.mark.usefixtures("interrupted")
     def test_legend_of_what_there_is(self, talk: Talk) -> None:
         code, out, _ = talk(PROMPT, "exit=hazard:0.6", "--show-loops")
         assert code == 130
         assert "over 5 tokens" in out
 
-    def test_held_back_text_is_shown(self, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
-        letters = iter(b"abSTO")
-        monkeypatch.setattr(reference, "choose", lambda *_, **__: next(letters, None) or self.stop())
+    def test_held_back_text_is_shown(self, talk: Talk, say: Say) -> None:
+        say(lambda place: b"abSTO"[place] if place < 5 else self.stop())
         assert talk(PROMPT, "stop=STOP")[:2] == (130, "abSTO\n")
 
     @staticmethod

@@ -110,7 +110,10 @@ class Session:
                 f"{name} has no chat template: it is a base model that continues text; type: "
                 f'loopwise generate {name} "...", or loopwise chat {name} --plain'
             )
+        from loopwise.engine.write import Writer
+
         self.model = model
+        self._writer = Writer(model)
         self.tokenizer = model.tokenizer
         self.name = name
         self.plain = plain
@@ -199,13 +202,12 @@ class Session:
 
     def _answer(self, text: str) -> None:
         from loopwise.cli.models import AnswerPrinter, loops_known, note, run
-        from loopwise.engine.reference import stream
 
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt, dropped = self._fit(messages)
         stop = (*self.config.stop, f"\n{_ROLES['user']}:") if self.plain else self.config.stop
         with loops_known():
-            generation = stream(self.model, prompt, replace(self.config, stop=stop), policy=self.config.policy)
+            generation = self._writer.stream(prompt, replace(self.config, stop=stop), policy=self.config.policy)
         if dropped:
             note(
                 f"the context of {self.model.config.max_positions:,} tokens is full: forgot the oldest {turns(dropped)}"

@@ -128,14 +128,14 @@ def answer(
 ) -> list[Answer]:
     """Answer as often as asked, showing each token as it comes; an interrupt ends it with what there is."""
     from loopwise.cli.models import AnswerPrinter, loops_known, run
-    from loopwise.engine.reference import stream
+    from loopwise.engine.write import Writer
     from loopwise.loops.drivers import check_loops
 
     check_loops(model, config.max_loops or model.config.loops)
-    answers: list[Answer] = []
+    writer, answers = Writer(model), list[Answer]()
     for sample in range(config.n):
         with loops_known():
-            generation = stream(model, prompt, config, policy=config.policy, sample=sample)
+            generation = writer.stream(prompt, config, policy=config.policy, sample=sample)
         if config.n > 1 and not quiet:
             typer.echo(f"{'' if sample == 0 else chr(10)}== {sample + 1} of {config.n}")
         if quiet:
@@ -197,21 +197,21 @@ def measure(model: "LoopedLM", answer: Answer, config: "GenerateConfig") -> dict
     None when there is only one token, which the prompt gives.
     """
     from loopwise.cli.models import loops_known
-    from loopwise.engine.reference import stream
+    from loopwise.engine.write import Writer
 
     done = answer.completion
     if len(done.tokens) < 2:
         return None
     same = replace(config, max_tokens=len(done.tokens), ignore_eos=True, stop=())
     sides = {
-        "tokens_per_second": (same, answer.policy),
-        "full_depth_tokens_per_second": (replace(same, exit=None), "per_loop"),
+        "tokens_per_second": (Writer(model), same, answer.policy),
+        "full_depth_tokens_per_second": (Writer(model), replace(same, exit=None), "per_loop"),
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
     with loops_known():
         for _ in range(_ROUNDS):
-            for name, (sampling, policy) in sides.items():
-                generation = stream(model, done.prompt, sampling, policy=policy, sample=done.sample)
+            for name, (writer, sampling, policy) in sides.items():
+                generation = writer.stream(done.prompt, sampling, policy=policy, sample=done.sample)
                 for _emission in generation:
                     pass
                 rates[name].append(generation.completion.tokens_per_second or 0.0)

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from loopwise.configuration import build
 from loopwise.engine.answer import Completion, Emission
-from loopwise.engine.reference import Generation
 from loopwise.engine.sampling import Sampling
+from loopwise.engine.write import Writing
 from loopwise.errors import ConfigError, LoopRangeWarning
 from loopwise.hub.checkpoints import load
 from loopwise.loops.exits import parse_rule
@@ -118,7 +118,7 @@ def load_model(name: str, *, dtype: str | None, device: str) -> LoopedLM:
 class AnswerPrinter:
     """Shows an answer token by token on stdout: plain text, or tinted by loops with a legend."""
 
-    def __init__(self, generation: Generation, *, show_loops: bool) -> None:
+    def __init__(self, generation: Writing, *, show_loops: bool) -> None:
         self._tinted: TokenPrinter | None = None
         if show_loops:
             console = Console(highlight=False)
@@ -159,7 +159,7 @@ _SHOWN = 64
 """Tokens of the prompt that are shown before a tinted answer."""
 
 
-def run(generation: Generation, show: Callable[[Emission], None]) -> bool:
+def run(generation: Writing, show: Callable[[Emission], None]) -> bool:
     """Generate to the end, or until the user interrupts: then what there is has been shown, and False is returned."""
     try:
         for emission in generation:

@@ -14,8 +14,8 @@ from rich.text import Text
 from loopwise.demo.hops import Staircase, chance, measure_staircase
 from loopwise.demo.language import LanguageReport, measure_language, measure_writing
 from loopwise.engine.record import record_trace
-from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
+from loopwise.engine.write import generate
 from loopwise.errors import ConfigError
 from loopwise.hub.checkpoints import load
 from loopwise.hub.locate import SHIPPED

@@ -138,7 +138,13 @@ class Answer:
     @property
     def held(self) -> list[Emission]:
         """Tokens not given out, because a stop text might have begun in them; empty once all has ended."""
-        return [] if self._stream is None else _with_texts(self.made[len(self._texts) :], self._stream.held)
+        return [] if self._stream is None else self.rest(len(self._texts))
+
+    def rest(self, first: int) -> list[Emission]:
+        """The tokens from the one at `first` on, those that were not given out included."""
+        if self._stream is None:
+            return self.made[first:]
+        return _with_texts(self.made[first:], (self._texts + self._stream.held)[first:])
 
     def completion(self, *, seconds: float, prompt_seconds: float) -> Completion:
         """What there is so far."""

@@ -316,9 +316,7 @@ class Core:
         """A request is over, or nobody wants it any more: publish what others may use, give back everything."""
         if request.pages is not None:
             pages = request.pages
-            request.answer.kv_bytes = sum(
-                len(pages.held(plane)) * self._memory.layout.page_bytes(plane) for plane in pages.planes
-            )
+            request.answer.kv_bytes = self._memory.held_bytes(pages)
             settled = request.settled
             if self._policy.shares_generated and all(loops == request.max_loops for loops in request.left[:settled]):
                 self._publish(request, settled)

@@ -162,6 +162,11 @@ class Engine:
         """End a request now; its completion keeps what there is, and says "abort"."""
         self.leave(ticket._request)
 
+    def kv_bytes(self, ticket: Ticket) -> int:
+        """Bytes of keys and values that a request holds now, or held when it ended."""
+        request = ticket._request
+        return request.answer.kv_bytes if request.pages is None else self._memory.held_bytes(request.pages)
+
     def leave(self, request: Request) -> None:
         """End a request that nobody waits for any more."""
         self._send("abort", request)
@@ -297,6 +302,11 @@ class Engine:
             self._failure = error
             for ticket in list(self._tickets.values()):
                 ticket.close()
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error, or an interrupt, has stopped it within a tick; then it serves nobody any more."""
+        return self._failure is not None
 
     def raise_failure(self) -> None:
         """Pass on what stopped the engine's thread."""

@@ -79,6 +79,10 @@ class Ticket:
         first = last if self._first is None else self._first
         return self._request.answer.completion(seconds=last - self._began, prompt_seconds=first - self._began)
 
+    def rest(self, first: int) -> list[Emission]:
+        """The tokens from the one at `first` on, held ones included; for whoever has broken off."""
+        return self._request.answer.rest(first)
+
     def deliver(self, emissions: Sequence[Emission]) -> None:
         """Called by the engine with tokens that are certain."""
         if self._first is None:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
+from loopwise.engine.write import generate
 from loopwise.errors import ConfigError, InputError, MissingExtraError
 from loopwise.hub.chat_template import render
 from loopwise.hub.checkpoints import load
@@ -267,15 +267,19 @@ class LoopedEvalModel(TemplateLM):
         Raises:
             ConfigError: for any other key.
         """
-        texts = []
-        for request in requests:
-            prompt, given = request.args
-            sampling = self._sampling(given)
-            ids = self.tok_encode(prompt) or [self.prefix_token_id]
+        together: dict[Sampling, list[int]] = {}
+        for place, request in enumerate(requests):
+            together.setdefault(self._sampling(request.args[1]), []).append(place)
+        texts = [""] * len(requests)
+        for sampling, places in together.items():
             room = max(1, self.max_length - sampling.max_tokens)
-            text = generate(self.model, [ids[-room:]], sampling)[0].text or ""
-            self.cache_hook.add_partial("generate_until", request.args, text)
-            texts.append(text)
+            for first in range(0, len(places), self.batch_size):
+                batch = places[first : first + self.batch_size]
+                prompts = [self.tok_encode(requests[place].args[0]) or [self.prefix_token_id] for place in batch]
+                done = generate(self.model, [ids[-room:] for ids in prompts], sampling)
+                for place, answer in zip(batch, done, strict=True):
+                    texts[place] = answer.text or ""
+                    self.cache_hook.add_partial("generate_until", requests[place].args, texts[place])
         return texts
 
     def _sampling(self, given: Mapping[str, Any]) -> Sampling:

@@ -21,8 +21,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from loopwise.engine.answer import Completion
-from loopwise.engine.reference import generate
 from loopwise.engine.sampling import Sampling
+from loopwise.engine.write import generate
 from loopwise.errors import CheckpointError, ConfigError, InputError
 from loopwise.hf import files
 from loopwise.hf.cache import CachedMemory, LoopedCache, cached_mask
@@ -250,7 +250,7 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> list[Completion]:
         """Answer prompts token by token with exits: `Sampling(exit="hazard:0.6")` stops each token when it is ready.
 
-        This is `loopwise.engine.reference.generate`, one sequence at a time; see there.
+        This is `loopwise.generate`; see there.
         """
         return generate(self.model, prompts, sampling, policy=policy)
 

@@ -68,6 +68,10 @@ class Tokenizer:
                     f"{name} id {value} is outside the tokenizer's {self.vocab_size} tokens; pass {name}_id=… to choose"
                 )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tokenizer":
+        """Itself: nothing changes it, and a large vocabulary takes a while to copy."""
+        return self
+
     @classmethod
     def bytes(cls) -> "Tokenizer":
         """Raw bytes: token id = byte value, and 256 is `<|endoftext|>`. The same library with no merges."""

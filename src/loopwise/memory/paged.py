@@ -114,6 +114,10 @@ class PagedMemory:
         pages.planes.clear()
         self._seats.append(pages.seat)
 
+    def held_bytes(self, pages: PageList) -> int:
+        """Bytes of the pages that a sequence holds."""
+        return sum(len(pages.held(plane)) * self.layout.page_bytes(plane) for plane in pages.planes)
+
     def pool(self, plane: int) -> PagePool:
         """The pool that this plane's pages come from."""
         if plane != BOUNDARY:
