@@ -181,6 +181,13 @@ def test_surfaces_share_no_words_but_two() -> None:
     assert set().union(*words.values()) == set(task.words)
 
 
+def test_only_so_many_names_are_drawn_from() -> None:
+    task = WordProblems(WordProblemsConfig(names=6))
+    drawn = task.draw(0, numbers(0, 200)).inputs.unique().tolist()
+    said = {task.words[token - task.ask - 1] for token in drawn if token > task.ask}
+    assert said & set(SURFACES["market"].names) == set(SURFACES["market"].names[:6])
+
+
 def test_lengths_kinds_starts_and_answers_are_uniform() -> None:
     task = WordProblems(WordProblemsConfig(modulus=5, operations=4))
     structures = [task.structure(0, number) for number in range(3000)]
@@ -222,8 +229,10 @@ def test_the_verifier_looks_at_what_is_asked() -> None:
         ({"modulus": 2}, "modulus=2"),
         ({"operations": 0}, "shortest=1 and operations=0"),
         ({"shortest": 5}, "shortest=5 and operations=4"),
-        ({"distractors": -1}, "-1 distractors"),
-        ({"operations": 10, "distractors": 2}, "need 13 names and there are 12"),
+        ({"distractors": -1}, "distractors=-1"),
+        ({"names": 5}, "from 6 to 12 names"),
+        ({"names": 13}, "from 6 to 12 names"),
+        ({"operations": 10, "distractors": 2}, "from 13 to 12 names, and fewer operations"),
         ({"kinds": ("both",)}, "not both alone"),
         ({"kinds": ()}, "give some of more, fewer, times, both"),
         ({"kinds": ("more", "more")}, "each once"),

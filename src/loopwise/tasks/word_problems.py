@@ -150,6 +150,8 @@ class WordProblemsConfig:
     """Which operations there are, each equally likely where it is possible; `both` needs two counts before it."""
     surface: str = "market"
     """The wording: market, harbour or league."""
+    names: int = 12
+    """How many names of the surface are drawn from; fewer are learned sooner."""
     telling: int = 0
     """The seed of the names, the things, the sentences that do not matter and the places of sentences, which are the
     same ones by number in every surface: the third name of one stands where the third of another does. Another telling
@@ -181,11 +183,12 @@ class WordProblemsConfig:
                 f"word problems with shortest={self.shortest} and operations={self.operations}; "
                 f"give shortest from 1 to operations, and at least 1 operation"
             )
-        names = min(len(surface.names) for surface in SURFACES.values())
-        if self.distractors < 0 or self.operations + 1 + self.distractors > names:
+        most = min(len(surface.names) for surface in SURFACES.values())
+        needed = self.operations + 1 + max(self.distractors, 0)
+        if self.distractors < 0 or not needed <= self.names <= most:
             raise ConfigError(
-                f"{self.operations} operations and {self.distractors} distractors need "
-                f"{self.operations + 1 + self.distractors} names and there are {names}; give fewer, and at least 0"
+                f"names={self.names} and distractors={self.distractors} with {self.operations} operations; give at "
+                f"least 0 distractors and from {needed} to {most} names, and fewer operations if that is none"
             )
 
 
@@ -273,7 +276,7 @@ class WordProblems(ExactTask):
             steps=tuple(steps),
             asked=len(structure) - 1,
             order=tuple(order),
-            names=tuple(random.permutation(surface.names).tolist()[: len(steps)]),
+            names=tuple(random.permutation(surface.names[: self.config.names]).tolist()[: len(steps)]),
             thing=str(random.choice(surface.things)),
         )
 
