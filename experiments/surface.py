@@ -33,6 +33,7 @@ class Setting:
     modulus: int
     operations: int
     kinds: tuple[str, ...]
+    names: int
     distractors: int
     learned: str
     """The surface that problems of up to `operations` operations are learned in."""
@@ -57,7 +58,8 @@ SETTINGS = {
     "small": Setting(
         modulus=5,
         operations=3,
-        kinds=("more", "fewer", "times"),
+        kinds=("more", "fewer"),
+        names=8,
         distractors=1,
         learned="market",
         swapped="harbour",
@@ -75,6 +77,7 @@ SETTINGS = {
         modulus=23,
         operations=8,
         kinds=("more", "fewer", "times", "both"),
+        names=12,
         distractors=2,
         learned="market",
         swapped="harbour",
@@ -117,6 +120,7 @@ def _task(setting: Setting, **changes: Any) -> WordProblems:
                 "modulus": setting.modulus,
                 "operations": setting.operations,
                 "kinds": setting.kinds,
+                "names": setting.names,
                 "surface": setting.learned,
                 "distractors": setting.distractors,
                 "asked": setting.asked,
