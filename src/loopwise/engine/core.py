@@ -78,11 +78,7 @@ class Core:
         plan = self.scheduler.plan(self._choose_window)
         if plan.empty:
             return False
-        self.runner.encode(
-            [(request, row) for request, row in plan.rows if not row.started],
-            [(request, chunk) for request, chunk in plan.chunks if chunk.state is None],
-        )
-        before, after = self.runner.loop(plan.rows, plan.chunks)
+        before, after = self.runner.launch(plan.rows, plan.chunks)
         self._count(plan)
         self._stop(self.judge.stopping(plan.rows, before, after), after)
         self._read(plan.rows, after)
@@ -109,9 +105,7 @@ class Core:
         """Read every row that stopped or that may start the next position; confirm what is certain."""
         jobs = [(request, row) for request, row in rows if self._speaks(request, row)]
         if jobs:
-            if len(jobs) < len(rows):
-                after = after[torch.tensor([row.launched for _, row in jobs], device=self.runner.device)]
-            for (request, row), choice in zip(jobs, self._choose(jobs, after), strict=True):
+            for (request, row), choice in zip(jobs, self._choose_launched(jobs, after), strict=True):
                 if row.seat < 0:
                     continue  # dropped meanwhile: an earlier row of its request became certain and disagreed
                 if row.left and row.position == len(request.left):
@@ -132,6 +126,15 @@ class Core:
         if row.left:
             return row.left == row.loop  # later loops only fill planes
         return row.loop == settings.draft_loop or (settings.redraft and row.loop > settings.draft_loop)
+
+    def _choose_launched(self, jobs: Sequence[tuple[Request, Row]], after: Float[Tensor, "rows width"]) -> list[Choice]:
+        """What rows of this tick's launch say."""
+        said = self.runner.say(jobs, after)
+        if said is not None:
+            return [Choice(token, logprob) for token, logprob in zip(*said, strict=True)]
+        if len(jobs) < len(after):
+            after = after[torch.tensor([row.launched for _, row in jobs], device=self.runner.device)]
+        return self._choose(jobs, after)
 
     def _choose(self, jobs: Sequence[tuple[Request, Row]], states: Float[Tensor, "rows width"]) -> list[Choice]:
         logits = self.runner.read(jobs, states)

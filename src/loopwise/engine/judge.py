@@ -10,6 +10,7 @@ from torch import Tensor
 from loopwise.engine.request import Request, Row
 from loopwise.engine.runner import Runner
 from loopwise.loops.exits import ExitRule, Fixed, Hazard, Observation, Tracker
+from loopwise.loops.hazard import widen
 
 
 def planned_exit(request: Request, row: Row) -> int | None:
@@ -169,19 +170,19 @@ class Judge:
             elif planned is None:
                 open_rows.setdefault(request.rule, []).append((request, row))
         noted = [row for request, row in rows if request.signals and not row.left]
-        signal = None
+        values = None
         if noted or any("signal" in rule.needs for rule in open_rows):
-            signal = self._runner.model.signal(after, None)
-        if noted and signal is not None:
-            values = signal.tolist()
+            values = self._runner.signals(after)
+        if noted and values is not None:
             for row in noted:
                 row.signals.append(values[row.launched])
         # Before the others are judged: a bench is fastest when all its rows have run.
         self.forget(stopped)
         for rule, members in open_rows.items():
-            if isinstance(rule, Hazard) and signal is not None:
-                stopped += _ask_hazards(rule, members, signal.tolist())
+            if isinstance(rule, Hazard) and values is not None:
+                stopped += _ask_hazards(rule, members, values)
                 continue
+            signal = None if values is None else torch.tensor(values, dtype=widen(after).dtype, device=after.device)
             leaving = self._ask(rule, members, before, after, signal)
             self.forget(leaving)
             stopped += leaving

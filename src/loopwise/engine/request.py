@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -37,8 +38,7 @@ class Replay:
     """Loops of the row that emits each token; the first is the prompt's own number."""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A token read out of a row."""
 
     token: int

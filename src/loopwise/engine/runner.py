@@ -11,42 +11,23 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loopwise.engine.answer import Answer
+from loopwise.engine.few import FewRows
 from loopwise.engine.request import Chunk, Request, Row
+from loopwise.engine.sampling import Sampling
+from loopwise.engine.seats import Seats
 from loopwise.engine.speculation import CostCurve, measure_costs
+from loopwise.loops.exits import Fixed
 from loopwise.loops.planes import parse_policy
 from loopwise.memory.paged import BOUNDARY, Layout, PagedMemory
 from loopwise.models.looped_lm import LMContext, LoopedLM
 from loopwise.nn.fast import fast_model
 from loopwise.nn.kernels import linear
+from loopwise.nn.kernels.linear import FEW_ROWS
 from loopwise.nn.rotary import Rotary
 
 PAGE = 16
 """Positions of one page of keys and values."""
-
-
-class Seats:
-    """State vectors of rows in flight, found by index."""
-
-    def __init__(self, width: int, *, injected: bool, dtype: torch.dtype, device: torch.device) -> None:
-        self.state = torch.zeros(16, width, dtype=dtype, device=device)
-        self.injected = torch.zeros_like(self.state) if injected else None
-        self._free = list(range(15, -1, -1))
-
-    def take(self) -> int:
-        if not self._free:
-            size = len(self.state)
-            self.state = torch.cat([self.state, torch.zeros_like(self.state)])
-            if self.injected is not None:
-                self.injected = torch.cat([self.injected, torch.zeros_like(self.injected)])
-            self._free = list(range(2 * size - 1, size - 1, -1))
-        return self._free.pop()
-
-    def give(self, seat: int) -> None:
-        self._free.append(seat)
-
-    @property
-    def taken(self) -> int:
-        return len(self.state) - len(self._free)
 
 
 class Runner:
@@ -63,11 +44,79 @@ class Runner:
             dtype=model.embed.weight.dtype,
             device=self.device,
         )
-        self._rotary = model.rotary(torch.arange(256, device=self.device))
+        self._few = FewRows.of(self.model, memory, self.seats)
+        self._hazards: list[float] | None = None
+        """What the gate said after the last launch, where that is known already."""
+        self._positions = 256
+        self._rotary = model.rotary(torch.arange(self._positions, device=self.device))
         self._position_free = memory.boundary is None and model.config.start != "normal"
         nowhere = torch.zeros(0, dtype=torch.long, device=self.device)
         self._bare = LMContext(injected=self.seats.state[:0], rotary=self._rotary, positions=nowhere, memory=memory)
         """What a readout without a coda is given: it looks at none of it."""
+
+    def launch(
+        self, rows: Sequence[tuple[Request, Row]], chunks: Sequence[tuple[Request, Chunk]]
+    ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
+        """Begin what has not begun, then one loop of everything, each at its own; states of `rows` before and after."""
+        self._hazards = None
+        fresh = [(request, row) for request, row in rows if not row.started]
+        few = self._few
+        if few is not None:
+            few.find_weights()
+        if few is None or chunks or len(rows) > FEW_ROWS:
+            self.encode(fresh, [(request, chunk) for request, chunk in chunks if chunk.state is None])
+            return self.loop(rows, chunks)
+        begun = [(request, row) for request, row in fresh if not few.begins or request.sampling.start is not None]
+        if begun:
+            self.encode(begun, [])
+        return self._loop_few(few, rows)
+
+    def _loop_few(
+        self, few: FewRows, rows: Sequence[tuple[Request, Row]]
+    ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
+        numbers: list[int] = []
+        last = 0
+        for number, (request, row) in enumerate(rows):
+            assert request.pages is not None
+            token = -1
+            if not row.started:
+                row.seat, row.started, token = self.seats.take(), True, row.token
+            row.loop += 1
+            row.launched = number
+            last = max(last, row.position)
+            numbers += (row.seat, token, request.pages.seat, row.loop, row.position)
+        self._reach(last)
+        states = few.loop(numbers, self._rotary)
+        if self.model.gate is not None:
+            self._hazards = few.hazards(len(rows))
+        return states
+
+    def say(
+        self, rows: Sequence[tuple[Request, Row]], after: Float[Tensor, "launched width"]
+    ) -> tuple[list[int], list[float]] | None:
+        """The tokens that some rows of a launch say, and the raw log-probabilities of those that have stopped.
+
+        None where `read` and a choice of another kind are needed: many rows, a coda, settings beyond temperature.
+        """
+        few = self._few
+        if few is None or not few.says or len(rows) > FEW_ROWS:
+            return None
+        numbers: list[int | float] = []
+        for request, row in rows:
+            sampling, replay = request.sampling, request.replay
+            if not sampling.plain or (replay is not None and replay.tokens is not None):
+                return None
+            tells = row.left > 0 or request.provisional
+            numbers += (row.launched, tells, sampling.key, request.answer.sample, row.position + 1)
+            numbers.append(sampling.temperature)
+        return few.say(after, numbers)
+
+    def signals(self, states: Float[Tensor, "rows width"]) -> list[float] | None:
+        """The model's signal for the states that the last launch has left; None without a gate."""
+        if self._hazards is not None:
+            return self._hazards
+        signal = self.model.signal(states, None)
+        return None if signal is None else signal.tolist()
 
     def encode(self, rows: Sequence[tuple[Request, Row]], chunks: Sequence[tuple[Request, Chunk]]) -> None:
         """Embeddings, prelude and start states of rows and chunks that begin."""
@@ -210,10 +259,14 @@ class Runner:
 
     def rotary(self, positions: Int[Tensor, " rows"], last: int) -> Rotary:
         """Tables of these positions, looked up."""
-        have = len(self._rotary.cos)
-        if last >= have:
-            self._rotary = self.model.rotary(torch.arange(max(2 * have, last + 1), device=self.device))
+        self._reach(last)
         return Rotary(self._rotary.cos[positions], self._rotary.sin[positions])
+
+    def _reach(self, last: int) -> None:
+        """Make the tables long enough for a position."""
+        if last >= self._positions:
+            self._positions = max(2 * self._positions, last + 1)
+            self._rotary = self.model.rotary(torch.arange(self._positions, device=self.device))
 
 
 def _join(rows: Tensor | None, chunks: Sequence[Tensor]) -> Tensor:
@@ -265,32 +318,44 @@ def measure_ticks(model: LoopedLM, most: int, *, context: int = 1, read: bool = 
     counts = [count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if count <= 2 * most + 8]
     config, weight = model.config, model.embed.weight
     layout = layout_of(model)
-    seats = counts[-1]
+    most_rows = counts[-1]
     memory = PagedMemory(
         layout,
         parse_policy("per_loop"),
         planes=1,
-        budget=seats * -(-context // layout.page) * layout.group_bytes(1),
-        seats=seats,
+        budget=most_rows * -(-context // layout.page) * layout.group_bytes(1),
+        seats=most_rows,
         device=weight.device,
     )
-    lists = [memory.open() for _ in range(seats)]
-    for pages in lists:
-        for plane in memory.stores(1, generated=True):
-            for index in memory.missing(pages, plane, 0, context - 1):
-                memory.place(pages, plane, index, memory.pool(plane).take())
-            memory.write_at(pages, plane, 0, context - 1, generated=True)
+    runner = Runner(model, memory)
+    runner.seats.state = torch.randn(most_rows, config.width, dtype=torch.float32).to(weight)
+    if runner.seats.injected is not None:
+        runner.seats.injected = torch.randn_like(runner.seats.state)
+    rows = [(_measured(memory, context), Row(context - 1, 0, seat=seat, started=True)) for seat in range(most_rows)]
     for table in (*memory.core.keys.values(), *memory.core.values.values()):
         table.zero_()
-    states = torch.randn(seats, config.width, dtype=torch.float32).to(weight)
 
     def run(count: int) -> None:
-        own = np.array([pages.seat for pages in lists[:count]])
-        places = np.full(count, context - 1, dtype=np.int64)
-        memory.bind(own, np.ones(count, dtype=np.int64), places, weight.device)
-        where = torch.full((count,), context - 1, device=weight.device)
-        within = LMContext(injected=states[:count], rotary=model.rotary(where), positions=where, memory=memory)
-        out = model.step(states[:count], within, 1)
-        (linear(out, model.head_weight).argmax(-1) if read else out[:, 0]).tolist()
+        mine = rows[:count]
+        for _, row in mine:
+            row.loop = 0
+        _, after = runner.launch(mine, [])
+        if not read:
+            after[:, 0].tolist()
+        elif runner.say(mine, after) is None:
+            linear(after, model.head_weight).argmax(-1).tolist()
 
     return measure_costs(run, rows=counts)
+
+
+def _measured(memory: PagedMemory, context: int) -> Request:
+    """A request that has read as many positions and has room for what it writes there."""
+    pages = memory.open()
+    for index in memory.missing(pages, 1, 0, context - 1):
+        memory.place(pages, 1, index, memory.pool(1).take())
+    memory.write_at(pages, 1, 0, context - 1, generated=True)
+    sampling = Sampling()
+    answer = Answer((0,), sampling, room=1, ends=(), tokenizer=None)
+    request = Request(prompt=(0,), sampling=sampling, rule=Fixed(count=1), max_loops=1, answer=answer)
+    request.pages = pages
+    return request

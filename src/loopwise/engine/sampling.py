@@ -10,7 +10,7 @@ Axes: N rows, V vocabulary, K likeliest tokens.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loopwise.errors import ConfigError
 from loopwise.nn.kernels.rows import pick_rows
-from loopwise.nn.noise import gumbel, gumbel_by_key, seed_keys
+from loopwise.nn.noise import gumbel, gumbel_by_key, seed_key, seed_keys
 
 _PREFIX = 512
 """Likeliest tokens among which filters are tried first: sorting a whole vocabulary takes several times as long."""
@@ -95,6 +95,16 @@ class Sampling:
     def filters(self) -> bool:
         """Whether some tokens may be kept from being chosen."""
         return self.top_k is not None or (self.top_p or 1.0) < 1.0 or bool(self.min_p)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether only seed and temperature decide, and nothing but the token and its log-probability is wanted."""
+        return not (self.adjusts or self.filters or self.logprobs)
+
+    @cached_property
+    def key(self) -> int:
+        """What the seed becomes before its noise is addressed, see `seed_key`."""
+        return seed_key(self.seed, "sampling")
 
 
 def _is_bias(pairs: tuple[tuple[int, float], ...]) -> bool:

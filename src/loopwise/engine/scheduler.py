@@ -29,7 +29,7 @@ class Plan:
 
     @property
     def prompt_rows(self) -> int:
-        return sum(chunk.rows for _, chunk in self.chunks)
+        return sum(chunk.rows for _, chunk in self.chunks) if self.chunks else 0
 
     @property
     def total(self) -> int:
@@ -252,6 +252,8 @@ class Scheduler:
         loop = row.loop + 1
         writes = [] if row.started or memory.boundary is None else [BOUNDARY]
         for target in (*writes, loop):
+            if memory.point(request.pages, target, row.position, generated=generated):
+                continue
             plane = target if target == BOUNDARY else memory.policy.store(target, memory.planes, generated=generated)
             if memory.lacks(request.pages, plane, row.position) and not take_pages(
                 *(memory, request.pages, plane, row.position, row.position),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from loopwise.loops.planes import PlanePolicy
@@ -83,9 +83,15 @@ class PagedMemory:
         )
         self._seats = list(range(seats - 1, -1, -1))
         self._table = np.zeros((seats, planes + 1, layout.page * 16), dtype=np.int32)
-        self._readers = {
+        self._readers: dict[tuple[int, bool], _Index] = {
             (loop, generated): _as_index(policy.readers(loop, planes, generated=generated))
             for loop in range(1, planes + 1)
+            for generated in (False, True)
+        }
+        self._readers |= {(BOUNDARY, generated): BOUNDARY for generated in (False, True)}
+        self._stored = {
+            (loop, generated): policy.store(loop, planes, generated=generated) if loop else BOUNDARY
+            for loop in range(planes + 1)
             for generated in (False, True)
         }
         self._alias = {
@@ -165,12 +171,7 @@ class PagedMemory:
     def write_at(self, pages: PageList, loop: int, first: int, last: int, *, generated: bool) -> None:
         """Point the readers of `loop` at these positions' own slots; loop 0 is prelude and coda."""
         self.reach(last)
-        readers: _Index
-        if loop == BOUNDARY:
-            plane, readers = BOUNDARY, BOUNDARY
-        else:
-            plane = self.policy.store(loop, self.planes, generated=generated)
-            readers = self._readers[loop, generated]
+        plane, readers = self._stored[loop, generated], self._readers[loop, generated]
         size, have = self.layout.page, pages.planes[plane]
         if first == last:
             slot = have[first // size] * size + first % size
@@ -179,6 +180,15 @@ class PagedMemory:
         positions = np.arange(first, last + 1)
         slots = np.asarray(have)[positions // size] * size + positions % size
         self._table[pages.seat, readers, first : last + 1] = slots
+
+    def point(self, pages: PageList, loop: int, position: int, *, generated: bool) -> bool:
+        """`write_at` one position, if it has a page there and the tables reach it; whether that is done."""
+        plane = self._stored[loop, generated]
+        have, (index, offset) = pages.planes.get(plane, ()), divmod(position, self.layout.page)
+        if index >= len(have) or have[index] < 0 or position >= self._table.shape[2]:
+            return False
+        self._table[pages.seat, self._readers[loop, generated], position] = have[index] * self.layout.page + offset
+        return True
 
     def settle(self, pages: PageList, position: int, left: int, *, generated: bool) -> None:
         """A position stopped after loop `left`: readers of planes that it never wrote find its last."""
@@ -204,6 +214,11 @@ class PagedMemory:
             grown = np.zeros((seats, planes, max(2 * capacity, position + 1)), dtype=np.int32)
             grown[:, :, :capacity] = self._table
             self._table = grown
+
+    @property
+    def tables(self) -> Int32[np.ndarray, "seats planes capacity"]:
+        """The slots of every seat, plane and position; another array once it had to grow."""
+        return self._table
 
     def table(self, pages: PageList, length: int) -> np.ndarray:
         """What readers of each plane find at the first `length` positions, (R + 1, length)."""

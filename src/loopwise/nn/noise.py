@@ -6,6 +6,7 @@ a result does not depend on batch mix, chunk size or device. Everything is int64
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float64, Int
@@ -27,7 +28,9 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def _key(seed: int, domain: str) -> int:
+@lru_cache(maxsize=4096)
+def seed_key(seed: int, domain: str) -> int:
+    """What a seed becomes before it meets the counters."""
     digest = hashlib.sha256(f"{domain}:{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
@@ -40,7 +43,7 @@ def uniform(seed: int, domain: str, *counters: Int[Tensor, "..."]) -> Float64[Te
         domain: what the noise is for; different domains never share numbers.
         counters: integer tensors that broadcast together (position, token id, ...). Their order matters.
     """
-    return _uniform(_key(seed, domain), counters)
+    return _uniform(seed_key(seed, domain), counters)
 
 
 def _uniform(key: int | Tensor, counters: Sequence[Tensor]) -> Tensor:
@@ -66,8 +69,8 @@ def gumbel(seed: int, domain: str, *counters: Int[Tensor, "..."]) -> Float64[Ten
 
 
 def seed_keys(seeds: Sequence[int], domain: str) -> Int[Tensor, " seeds"]:
-    """What a seed becomes before it meets the counters: for numbers whose seeds differ within one tensor."""
-    return torch.tensor([_key(seed, domain) for seed in seeds], dtype=torch.long)
+    """`seed_key` of each: for numbers whose seeds differ within one tensor."""
+    return torch.tensor([seed_key(seed, domain) for seed in seeds], dtype=torch.long)
 
 
 def gumbel_by_key(keys: Int[Tensor, "..."], *counters: Int[Tensor, "..."]) -> Float64[Tensor, "..."]:
@@ -77,4 +80,4 @@ def gumbel_by_key(keys: Int[Tensor, "..."], *counters: Int[Tensor, "..."]) -> Fl
 
 def integer(seed: int, domain: str) -> int:
     """A non-negative 63-bit number for this (seed, domain): a seed for something else."""
-    return _key(seed, domain) & (2**63 - 1)
+    return seed_key(seed, domain) & (2**63 - 1)

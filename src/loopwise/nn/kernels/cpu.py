@@ -1,6 +1,6 @@
-"""Compiling `cpu.cpp` with the system's C++ compiler on first use, and calling it through ctypes.
+"""Compiling the kernels with the system's C++ compiler on first use, and calling them through ctypes.
 
-The file knows nothing of torch, so it compiles in about two seconds; the result is kept in a per-user cache folder.
+They know nothing of torch, so they compile in about three seconds; the result is kept in a per-user cache folder.
 Where it cannot be had (no compiler, not Linux, LOOPWISE_KERNELS=off) there is a reason in words, and every kernel has
 an equal written with torch's own operations.
 """
@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCE = Path(__file__).with_name("launch.cpp")
+"""It includes `cpu.cpp` and `rows.cpp`."""
 SWITCH = "LOOPWISE_KERNELS"
 COMPILE_SECONDS = 120
 # The source keeps clear of infinities, which -ffast-math does not know; it needs the freedom to reorder sums.
@@ -67,8 +69,8 @@ def _load() -> Loaded:
         return Loaded(None, str(error))
 
 
-def load_library(source: Path) -> ctypes.CDLL | None:
-    """Another file of kernels, compiled like `cpu.cpp`; None where that cannot be had."""
+def load_library(source: Path = SOURCE) -> ctypes.CDLL | None:
+    """The kernels, or another file of them, compiled alike; None where that cannot be had."""
     try:
         return ctypes.CDLL(str(_compiled(source)))
     except (_Unavailable, OSError):
@@ -87,7 +89,7 @@ def _compiled(source: Path = SOURCE) -> Path:
     runtime = _openmp_runtime()
     flags = FLAGS + (X86_FLAGS if platform.machine() == "x86_64" else ())
     version = _run([compiler, "--version"])
-    identity = "\0".join((source.read_text(), version, *flags, str(runtime), _processor()))
+    identity = "\0".join((*_texts(source), version, *flags, str(runtime), _processor()))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loopwise"
     library = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.so"
     if not library.exists():
@@ -102,6 +104,12 @@ def _compiled(source: Path = SOURCE) -> Path:
             _run([compiler, "-shared", str(thing), "-o", str(made), str(runtime), "-lm"])
             os.replace(made, library)
     return library
+
+
+def _texts(source: Path) -> list[str]:
+    """What a source says, and what the sources that it includes say."""
+    text = source.read_text()
+    return [text, *(source.with_name(name).read_text() for name in re.findall(r'#include "(.+)"', text))]
 
 
 def _open(path: Path) -> CPUKernels:

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 namespace {
 
@@ -80,18 +81,55 @@ template <typename T> int64_t largest(const T* x, int64_t count) {
     return 0;  // where nothing is a number
 }
 
+// The raw log-probability of a token, in nats.
+template <typename T> double log_probability(const T* logits, int64_t V, int64_t token) {
+    T most = logits[0], sum = 0;
+    for (int64_t i = 1; i < V; ++i) most = std::max(most, logits[i]);
+    for (int64_t i = 0; i < V; ++i) sum += std::exp(logits[i] - most);
+    return logits[token] - most - std::log(sum);
+}
+
+// Addressed noise, as noise.py defines it: the finaliser of splitmix64 over key and counters, in order.
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15;
+
+inline uint64_t mix(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+    return x ^ (x >> 31);
+}
+
+inline double gumbel(uint64_t mixed) {
+    // 52 bits fit a signed integer, which more processors turn into a floating number many at a time.
+    const double uniform = (double(int64_t(mix(mixed + GOLDEN) >> 12)) + 0.5) * 0x1p-52;
+    return -std::log(-std::log(uniform));
+}
+
+// The noise of ids 0 .. V - 1 at one position of one sample.
+inline void noise(uint64_t key, int64_t sample, int64_t position, int64_t V, double* to) {
+    const uint64_t place = mix(position * GOLDEN + mix(sample * GOLDEN + key));
+    for (int64_t id = 0; id < V; ++id) to[id] = gumbel(mix(id * GOLDEN + place));
+}
+
+// The id whose logit over the temperature, with its noise, is largest. A division is written where torch divides: a
+// product with the reciprocal would be another number.
+template <typename T>
+__attribute__((optimize("no-reciprocal-math"))) int64_t largest_noisy(const T* logits, int64_t V, double temperature,
+                                                                      uint64_t key, int64_t sample, int64_t position) {
+    thread_local std::vector<double> kept;
+    if (int64_t(kept.size()) < V) kept.resize(V);
+    double* noisy = kept.data();
+    noise(key, sample, position, V, noisy);
+    for (int64_t i = 0; i < V; ++i) noisy[i] += double(logits[i]) / temperature;
+    return largest(noisy, V);
+}
+
 // The likeliest token of each row, or where `noisy` is given the one that is largest there, and its log-probability.
 template <typename T>
 void pick(const T* logits, const double* noisy, int64_t* tokens, double* chances, int64_t N, int64_t V, int threads) {
 #pragma omp parallel for num_threads(threads) if (N * V > ALONE)
     for (int64_t n = 0; n < N; ++n) {
-        const T* row = logits + n * V;
-        T most = row[0], sum = 0;
-        for (int64_t i = 1; i < V; ++i) most = std::max(most, row[i]);
-        for (int64_t i = 0; i < V; ++i) sum += std::exp(row[i] - most);
-        const int64_t token = noisy ? largest(noisy + n * V, V) : largest(row, V);
-        tokens[n] = token;
-        chances[n] = row[token] - most - std::log(sum);
+        tokens[n] = noisy ? largest(noisy + n * V, V) : largest(logits + n * V, V);
+        chances[n] = log_probability(logits + n * V, V, tokens[n]);
     }
 }
 

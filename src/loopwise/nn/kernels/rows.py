@@ -9,15 +9,12 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from loopwise.nn.kernels.cpu import load_library
-
-SOURCE = Path(__file__).with_name("rows.cpp")
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class RowKernels:
 @cache
 def load_row_kernels() -> dict[torch.dtype, RowKernels]:
     """By dtype; empty where they cannot be had. Compiles on the first call."""
-    library = load_library(SOURCE)
+    library = load_library()
     if library is None:
         return {}
     pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
