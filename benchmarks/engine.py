@@ -167,7 +167,7 @@ def wavefront() -> dict[str, Any]:
     for name in names or ["shipped"]:
         model = loopwise.load(name, dtype="float32")
         for temperature in (0.0, 0.7):
-            load = Load(requests=4, seats=1, prompt=32, tokens=64, temperature=temperature, rounds=3)
+            load = Load(requests=4, seats=1, prompt=32, tokens=96, temperature=temperature, rounds=4)
             key = f"{Path(name).name} R={model.config.loops} width={model.config.width} T={temperature}"
             out[key] = steady(lambda model=model, load=load: one_request(model, load))
     return out

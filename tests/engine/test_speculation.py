@@ -68,6 +68,27 @@ def test_drafts_have_places_only_while_these_are_nearly_free() -> None:
     assert speculator(curve, loops=4, settles=1).window(0) == 0
 
 
+def test_what_ticks_take_beyond_their_rows_counts_against_drafts() -> None:
+    made = speculator(FREE, loops=4, settles=2)
+    assert made.window(1) == 3
+    for _ in range(50):
+        made.took(1.1, rows=1, drafts=0)
+        made.took(2.5, rows=2, drafts=1)
+    assert made.window(1) == 0
+    # Nothing is drafted now, so what drafts cost is forgotten bit by bit, and they are tried again.
+    for _ in range(1000):
+        made.took(1.1, rows=1, drafts=0)
+    assert made.window(1) > 0
+
+
+def test_a_tick_that_was_held_up_is_no_sign_of_dear_drafts() -> None:
+    made = speculator(FREE, loops=4, settles=1)
+    for turn in range(60):
+        made.took(1.01, rows=1, drafts=0)
+        made.took(1.04 if turn % 20 else 30.0, rows=4, drafts=3)
+    assert made.window(1) == 3
+
+
 def test_acceptance_is_the_share_of_tokens_that_were_running_in_time() -> None:
     made = Speculator(Speculation(), lambda: FREE, 4)
     assert math.isnan(made.acceptance)

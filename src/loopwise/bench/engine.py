@@ -273,15 +273,19 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
     """One request at a time, greedy: against memory bandwidth, and with drafts against what their acceptance allows.
 
     Plain decoding reads the core R times and the head once per token; nothing can be faster than the machine reads
-    that. A draft that settles after s loops of R lets a token be made every s ticks instead of R. c is what the model
-    takes for a tick of the R / s rows that are then in flight, each of them read out, over a tick of plain decoding:
-    one row, read out in every R-th. It is measured beside the engine on contexts of the same length; what scheduling,
-    choosing and the windows of drafts take besides is not in it. Prompts are in neither side.
+    that. A draft that settles after s loops of R lets a token be made every s ticks instead of R: where drafts are
+    made once, after loop d, and a share a of them is right, s = a d + (1 - a) R. c is what launching and reading takes
+    for a tick of the R / s rows that are then in flight, each of them read out, over a tick of plain decoding: one row,
+    read out in every R-th. It is measured beside the engine on contexts of the same length; what scheduling, judging
+    and telling take besides is not in it. Prompts are in neither side.
+
+    The share of that prediction which is reached has two factors. `ticks`: a pipeline of rows must fill when an answer
+    begins, and its windows may be too short. `host`: c over what the engine's own ticks cost beside each other.
     """
     prompts, loops = load.prompts(model)[: load.rounds], model.config.loops
     sampling = Sampling(max_tokens=load.tokens, temperature=load.temperature, ignore_eos=True)
     engines = {
-        name: Engine(model, "last_exited", speculate=how, prefix_cache=False, seats=1)
+        name: Engine(model, "last_exited", speculate=how, prefix_cache=False, seats=1, chunk=load.prompt)
         for name, how in (("plain", "off"), ("drafts", str(draft_loop)), ("auto", "auto"))
     }
     sides: dict[str, Callable[[], Any]] = {
@@ -290,6 +294,8 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
     # In turn with the others: what memory gives changes within minutes.
     runs = take_turns({"bandwidth": read_bandwidth, **sides}, load.rounds)
     bandwidth = runs.pop("bandwidth")
+    # A prompt is one chunk, so it takes a tick for each loop.
+    ticks = {name: [run.ticks - len(prompts) * loops for run in found] for name, found in runs.items()}
     per_token = {
         name: [run.decoding_seconds / (run.tokens - len(prompts)) for run in found] for name, found in runs.items()
     }
@@ -314,6 +320,8 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
         speedup = ratios(per_token["plain"], per_token[name])
         settling = speculator.mean_settling
         predicted = loops / settling / cost(loops / settling)
+        saved = statistics.median(ticks["plain"]) / statistics.median(ticks[name])
+        seen = saved / speedup["median"]
         out[name] = {
             "speedup": speedup,
             "acceptance": speculator.acceptance,
@@ -322,8 +330,10 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
             "tick_cost_of_flight": cost(loops / settling),
             "predicted": predicted,
             "share_of_prediction": speedup["median"] / max(1.0, predicted),
-            "ticks_saved": statistics.median(run.ticks for run in runs["plain"])
-            / statistics.median(run.ticks for run in runs[name]),
+            "ticks_saved": saved,
+            "tick_cost_of_engine": seen,
+            "share_of_ticks": saved / (loops / settling),
+            "share_of_host": cost(loops / settling) / seen,
         }
     if "auto" in out:
         out["tick_cost"] = {str(rows): cost(rows) for rows in range(1, loops + 1)}

@@ -3,6 +3,7 @@
 `docs/life-of-a-row.md` follows one row through this file. Nothing here knows threads, text streams or servers.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class Core:
     @torch.inference_mode()
     def tick(self) -> bool:
         """Run everything that is ready for one loop; False when nothing was."""
+        began = time.perf_counter()
         self.scheduler.admit()
         plan = self.scheduler.plan(self._choose_window)
         if plan.empty:
@@ -84,6 +86,8 @@ class Core:
         self._read(plan.rows, after)
         self._end_fills(plan.rows)
         self._end_chunks(plan.chunks)
+        if self.speculator is not None and not plan.chunks:
+            self.speculator.took(time.perf_counter() - began, rows=len(plan.rows), drafts=plan.drafts)
         return True
 
     def _choose_window(self, rows: int) -> int:

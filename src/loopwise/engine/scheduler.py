@@ -5,7 +5,7 @@ does loop r in the same launch: then the planes it reads are written. Without th
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 from loopwise.engine.request import Chunk, Request, Row, Stage
@@ -187,13 +187,14 @@ class Scheduler:
         # What has begun goes on in lock-step, so it has its places before anything new is given any.
         plan.chunks = [(request, request.chunk) for request in turns if request.chunk is not None]
         for request in turns:
-            self._plan_rows(plan, request, ahead=0)
+            self._plan_rows(plan, request)
             self._begin_chunk(plan, request)
         base = plan.total
         ahead = window(base)
         if ahead:
+            planned = {id(row) for _, row in plan.rows}
             for request in turns:
-                self._plan_rows(plan, request, ahead=ahead)
+                self._plan_drafts(plan, request, ahead, planned)
             plan.drafts = plan.total - base
         return plan
 
@@ -204,24 +205,36 @@ class Scheduler:
         self._turn = (self._turn + 1) % len(self.running)
         return self.running[self._turn :] + self.running[: self._turn]
 
-    def _plan_rows(self, plan: Plan, request: Request, *, ahead: int) -> None:
-        """Rows up to the frontier, or with `ahead` only the drafts behind it."""
+    def _plan_rows(self, plan: Plan, request: Request) -> None:
+        """Rows up to the frontier."""
+        if request.stage is Stage.RUNNING and request.flight:
+            self._plan_flight(plan, request, 0, request.frontier + 1, request.max_loops, patient=False)
+
+    def _plan_drafts(self, plan: Plan, request: Request, ahead: int, planned: Set[int]) -> None:
+        """The drafts behind the frontier; `planned` are the ids of the rows that run in any case."""
         if request.stage is not Stage.RUNNING or not request.flight:
             return
-        frontier = request.frontier
-        # Loops that the position before has finished once this launch is over.
-        finished = request.max_loops
-        planned = {id(row) for mine, row in plan.rows if mine is request} if ahead else set()
-        for index, row in enumerate(list(request.flight[: frontier + 1 + ahead])):
-            busy = id(row) in planned
-            wanted = not self._rests(request, row) and not busy and (index > frontier) == bool(ahead)
-            if wanted and row.loop + 1 <= finished and plan.total < self._rows:
-                if not self._give_pages(plan, request, row, patient=index > frontier):
+        first, row = request.frontier + 1, request.flight[request.frontier]
+        # No row before the frontier has fewer loops behind it.
+        finished = request.max_loops if self._rests(request, row) else row.loop + (id(row) in planned)
+        self._plan_flight(plan, request, first, first + ahead, finished, patient=True)
+
+    def _plan_flight(
+        self, plan: Plan, request: Request, first: int, last: int, finished: int, *, patient: bool
+    ) -> None:
+        """Rows of a flight from one index to before another.
+
+        Args:
+            finished: loops that the position before has finished once this launch is over.
+        """
+        for row in request.flight[first:last]:
+            rests, busy = self._rests(request, row), False
+            if not rests and row.loop + 1 <= finished and plan.total < self._rows:
+                if not self._give_pages(plan, request, row, patient=patient):
                     return
                 plan.rows.append((request, row))
                 busy = True
-            done = request.max_loops if self._rests(request, row) else row.loop + int(busy)
-            finished = min(finished, done)
+            finished = min(finished, request.max_loops if rests else row.loop + busy)
 
     def _rests(self, request: Request, row: Row) -> bool:
         """Whether a row has no loop left to run."""

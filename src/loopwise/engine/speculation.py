@@ -121,6 +121,44 @@ def measure_costs(run: Callable[[int], None], *, rows: Sequence[int], rounds: in
     return CostCurve(rows=tuple(rows), seconds=tuple(seconds))
 
 
+class Host:
+    """Seconds that ticks take beyond what was measured for their rows, learnt from them: scheduling, judging, telling.
+
+    What else the machine does now and then must not pass for the host's work, so a tick counts for three times what is
+    known at most. While nothing is drafted what drafts cost is slowly forgotten, so that they are tried again.
+    """
+
+    def __init__(self) -> None:
+        self.plain = 0.0
+        """Of a tick without drafts."""
+        self.draft = 0.0
+        """What each draft adds."""
+        self.changed = False
+        """Whether decisions that were based on it should be taken anew; whoever does sets it back."""
+        self._seen = [0, 0]
+        self._based_on = (0.0, 0.0)
+
+    def learn(self, beyond: float, drafts: int) -> None:
+        """One tick took so many seconds beyond what was measured for its rows."""
+        kind = drafts > 0
+        known = self.draft if kind else self.plain
+        found = max(0.0, (beyond - self.plain) / drafts if kind else beyond)
+        self._seen[kind] += 1
+        if self._seen[kind] > 8:
+            known += 0.05 * (min(found, 3 * known + 1e-5) - known)
+        else:
+            # The first few: the least of them.
+            known = found if self._seen[kind] == 1 else min(known, found)
+        if kind:
+            self.draft = known
+        else:
+            self.plain = known
+            self.draft *= 0.999
+        before = sum(self._based_on)
+        if abs(self.plain + self.draft - before) > 0.1 * before:
+            self._based_on, self.changed = (self.plain, self.draft), True
+
+
 class Speculator:
     """Decides how far to run ahead, and remembers how drafts fared.
 
@@ -144,6 +182,7 @@ class Speculator:
         self._windows: dict[int, int] = {}
         """Decisions by rows, kept while what was seen of drafts changes little."""
         self._flight = 0.0
+        self._host = Host()
         self._loops = float(loops)
         # Hoped for until seen: the draft settles halfway.
         self._settles = max(float(settings.draft_loop), loops / 2)
@@ -176,22 +215,23 @@ class Speculator:
             return self.settings.window
         if rows == 0:
             return 0
-        if abs(self.flight - self._flight) > 0.02 * self._flight:
+        if abs(self.flight - self._flight) > 0.02 * self._flight or self._host.changed:
             self._flight = self.flight
+            self._host.changed = False
             self._windows.clear()
         if rows not in self._windows:
             self._windows[rows] = self._weigh(rows)
         return self._windows[rows]
 
     def _weigh(self, rows: int) -> int:
-        most = self.flight
-        best, best_cost = 0, self.costs(rows)
+        most, plain = self.flight, self._tick_cost(rows, 1.0)
+        best, best_cost = 0, plain
         for window in range(1, MOST + 1):
             flight = min(window + 1.0, most)
-            cost = self.costs(rows * flight) / flight
-            dear = self.costs(rows * flight) > NEARLY_FREE * self.costs(rows)
+            cost = self._tick_cost(rows, flight) / flight
+            dear = self._tick_cost(rows, flight) > NEARLY_FREE * plain
             # One request alone may pay for drafts that bring much; in a crowd the host's work for rows adds up.
-            dear = dear and (rows > 1 or WORTHWHILE * cost > self.costs(rows))
+            dear = dear and (rows > 1 or WORTHWHILE * cost > plain)
             # A gain within the noise of the measurement is none.
             if cost < 0.97 * best_cost and not dear:
                 best, best_cost = window, cost
@@ -199,12 +239,21 @@ class Speculator:
                 break
         # Means hide that settled tokens come in runs: where a fuller window costs little, it may be full.
         deepest = min(MOST, round(self._loops) - 1)
-        allowed = NEARLY_FREE * self.costs(rows)
+        allowed = NEARLY_FREE * plain
         if rows == 1:
-            allowed = max(allowed, FILLING * self.costs(min(best + 1.0, most)))
-        while 0 < best < deepest and self.costs(rows * (best + 2)) <= allowed:
+            allowed = max(allowed, FILLING * self._tick_cost(1, min(best + 1.0, most)))
+        while 0 < best < deepest and self._tick_cost(rows, best + 2.0) <= allowed:
             best += 1
         return best
+
+    def _tick_cost(self, rows: int, flight: float) -> float:
+        """Seconds of a tick in which each of `rows` requests has `flight` rows in flight."""
+        return self.costs(rows * flight) + self._host.plain + self._host.draft * rows * (flight - 1.0)
+
+    def took(self, seconds: float, *, rows: int, drafts: int) -> None:
+        """A tick without prompts took so long, with so many rows and drafts among them."""
+        if self._costs is not None:
+            self._host.learn(seconds - self._costs(rows), drafts)
 
     def learn(self, *, loops: int, settled: int, asked: bool) -> None:
         """One token became certain after `loops` loops; its successor had been started after `settled` of them.
