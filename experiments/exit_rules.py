@@ -154,7 +154,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     corpus = Corpus(config.corpus, limit=setting.corpus_bytes)
     asked = [
         replace(part, inputs=part.inputs.to(cell.device), targets=part.targets.to(cell.device))
-        for part in of_text(corpus, data.tokenizer, units=setting.units, length=setting.context, most_documents=4)
+        for part in of_text(corpus, data.tokenizer, units=setting.units, length=setting.context, most_documents=8)
     ]
     taken = record(model, asked)
     curves = exits(taken, points=32)
@@ -284,12 +284,14 @@ def report(results: Results) -> Page:
     assert beyond is not None
     geometric = {f"geometric {prior}": prior for prior in setting.priors}
     worse = {variant: results.difference(variant, UNIFORM, "last_loss") for variant in geometric}
+    tried = [told.gain(UNIFORM, rule, MIDDLE) for rule in (FIRST, SECOND, *UNTRAINED)]
+    ahead = sum(interval is not None and interval.low > 0 for interval in tried)
     gain = {rule: shown(told.gain(UNIFORM, rule, MIDDLE)) for rule in (FIRST, SECOND, best)}
     verdict = (
         f"At a mean of 2.5 of {LOOPS} loops stage II's gate is {gain[SECOND]} nats below random mixing, stage I's "
         f"{gain[FIRST]}: {_judged(stages)} ({shown(stages)}). The best rule without training is {named(best)}, "
-        f"{gain[best]}; stage II beside it: {_judged(beyond)} ({shown(beyond)}). Loss after {LOOPS} loops, geometric "
-        "prior less uniform: "
+        f"{gain[best]}; stage II beside it: {_judged(beyond)} ({shown(beyond)}). {ahead} of {len(tried)} rules beat "
+        f"random mixing there beyond the seeds' spread. Loss after {LOOPS} loops, geometric prior less uniform: "
         + ", ".join(f"{worse[variant].text(3, sign=True)} with hazard {prior}" for variant, prior in geometric.items())
         + f"; {_prior_judged(list(worse.values()))}."
     )
