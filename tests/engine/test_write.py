@@ -17,6 +17,7 @@ from loopwise.engine.reference import generate as readable
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.write import Writer, generate
 from loopwise.errors import ConfigError, InputError
+from loopwise.loops.planes import parse_policy
 from loopwise.models.looped_lm import LoopedLM
 
 HERE = Path(__file__).parent
@@ -190,3 +191,14 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises((InputError, ConfigError), match=message):
             generate(model, prompts, sampling, policy=policy)
+
+
+def test_only_long_answers_of_few_are_drafted() -> None:
+    model = tiny()
+    drafts = [
+        write._engine(
+            *(model, parse_policy("per_loop"), 3), memory=2**20, seats=seats, shares=False, tokens=tokens
+        )._core.speculator
+        for seats, tokens in ((1, 31), (1, 32), (8, 32), (9, 99))
+    ]
+    assert [one is not None for one in drafts] == [False, True, True, False]

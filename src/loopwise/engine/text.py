@@ -30,6 +30,8 @@ class TextStream:
             last: no token follows, so nothing is held back any longer.
         """
         text = "" if token is None else self._decoder.push(token)
+        if not (self._stops or self._held or last):
+            return [text]  # nothing can take it back
         self._held.append(text + self._decoder.flush() if last else text)
         joined = "".join(self._held)
         found = [(place + len(stop), place) for stop in self._stops if (place := joined.find(stop)) >= 0]

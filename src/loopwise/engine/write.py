@@ -1,9 +1,9 @@
 """Answers for whoever has a model and a prompt: `loopwise.generate`, `loopwise generate` and `loopwise chat`.
 
-An engine made for the occasion writes them, with drafts where they pay. The readable generator (`reference.py`) has the
-same tokens, loops and log-probabilities up to rounding; it writes a single answer where an engine is slower, which is
-where the kernels of few rows are missing (no C++ compiler, an accelerator, bfloat16): there it is the engine's many
-small operations that take the time, and several answers at once make up for them.
+An engine made for the occasion writes them, long answers with drafts where they pay. The readable generator
+(`reference.py`) has the same tokens, loops and log-probabilities up to rounding; it writes a single answer where an
+engine is slower, which is where the kernels of few rows are missing (no C++ compiler, an accelerator, bfloat16): there
+it is the engine's many small operations that take the time, and several answers at once make up for them.
 """
 
 import time
@@ -27,6 +27,10 @@ from loopwise.nn.kernels.rows import load_row_kernels
 
 SEATS = 64
 """Answers that are written at once, at most."""
+DRAFTED = 32
+"""Tokens from which on an answer is long enough for drafts: their start-up takes the time of some five tokens."""
+CROWD = 8
+"""Answers at once beyond which drafts are not tried: rows of the others fill the ticks."""
 MEMORY = 2**32
 """Bytes of keys and values of many answers together; a single one may have more."""
 
@@ -82,18 +86,18 @@ class Writer:
         ids = encode_prompt(model, prompt)
         if not engine_pays(model, answers=1):
             return reference.stream(model, ids, sampling, policy=policy, sample=sample)
-        engine = self._engine_for(checked, parse_policy(checked.policy), len(ids) + sampling.max_tokens)
+        engine = self._engine_for(checked, parse_policy(checked.policy), len(ids), sampling.max_tokens)
         return _EngineWriting(engine, engine.submit(ids, sampling, sample=sample), checked)
 
-    def _engine_for(self, checked: Checked, policy: PlanePolicy, length: int) -> Engine:
+    def _engine_for(self, checked: Checked, policy: PlanePolicy, prompt: int, answer: int) -> Engine:
         """The engine of the last answer, or another where that one cannot write this one."""
         engine = self._engine
         loops = checked.max_loops if engine is None else max(checked.max_loops, engine.max_loops)
-        needed = _bytes_for(self.model, policy, loops, [length])
+        needed = _bytes_for(self.model, policy, loops, [prompt + answer])
         fits = engine is not None and (engine.policy, engine.max_loops) == (policy, loops) and engine.budget >= needed
         if engine is None or not fits or engine.failed:
             # Twice of it: the next turn of a conversation is longer.
-            engine = _engine(self.model, policy, loops, memory=2 * needed, seats=1, shares=True)
+            engine = _engine(self.model, policy, loops, memory=2 * needed, seats=1, shares=True, tokens=answer)
             self._engine = engine
         return engine
 
@@ -180,6 +184,7 @@ def generate(
         memory=max(longest, min(needed, MEMORY)),
         seats=min(answers, SEATS),
         shares=answers > 1,
+        tokens=sampling.max_tokens,
     )
     one = replace(sampling, n=1)
     tickets = [engine.submit(prompt, one, sample=sample) for prompt in ids for sample in range(sampling.n)]
@@ -196,8 +201,11 @@ def engine_pays(model: LoopedLM, *, answers: int) -> bool:
     return answers > 1 or (weight.device.type == "cpu" and weight.dtype in load_row_kernels())
 
 
-def _engine(model: LoopedLM, policy: PlanePolicy, loops: int, *, memory: int, seats: int, shares: bool) -> Engine:
-    return Engine(model, policy, memory=memory, prefix_cache=shares, seats=seats, max_loops=loops)
+def _engine(
+    model: LoopedLM, policy: PlanePolicy, loops: int, *, memory: int, seats: int, shares: bool, tokens: int
+) -> Engine:
+    drafts = "auto" if tokens >= DRAFTED and seats <= CROWD else "off"
+    return Engine(model, policy, speculate=drafts, memory=memory, prefix_cache=shares, seats=seats, max_loops=loops)
 
 
 def _bytes_for(model: LoopedLM, policy: PlanePolicy, loops: int, lengths: Sequence[int]) -> int:
