@@ -1,6 +1,6 @@
 """The demo's claims in several seeds, with the controls that the demo has no time for.
 
-    python benchmarks/demo.py [hops|text|shipped|speed] [seed=N]    about 10 minutes a seed on two quiet cores
+    python benchmarks/demo.py [hops|text|shipped|speed|write] [seed=N]    about 10 minutes a seed on two quiet cores
 
 hops     accuracy by loops and hops, what the gate spends, the rank correlation of loops with hops.
 text     loss by loops; beside it, on equal tokens, the same parameters trained with one loop, and the unrolled stack
@@ -8,6 +8,8 @@ text     loss by loops; beside it, on equal tokens, the same parameters trained 
 shipped  the same exits for the checkpoint that ships with the package, on text that it has not seen.
 speed    wall time of writing at a mean of 2.5 loops beside full depth, in one process, taking turns, by the engine,
          one answer after the other: the shipped checkpoint and the models of `text`. Leave the machine alone meanwhile.
+write    processor time of one answer of the shipped checkpoint by `loopwise.generate`, start-up included, beside the
+         readable generator; one thread.
 
 Models are kept under runs/benchmarks, so what was trained once is not trained again.
 """
@@ -16,15 +18,19 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from _trained import SEEDS, control, demo_hops, source, trained, with_gate
 
 from loopwise.demo.hops import measure_staircase
 from loopwise.demo.language import LanguageReport, measure_language, measure_writing
 from loopwise.demo.story import HOP_RULE
+from loopwise.engine import reference, write
+from loopwise.engine.sampling import Sampling
 from loopwise.hub.checkpoints import load
 from loopwise.hub.locate import SHIPPED
 from loopwise.models.looped_lm import LoopedLM
@@ -36,9 +42,10 @@ from loopwise.train.sources import PackedSource
 from loopwise.train.token_store import token_store
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
-PARTS = ("hops", "text", "shipped", "speed")
+PARTS = ("hops", "text", "shipped", "speed", "write")
 HELD_OUT_ROWS = 128
-ROUNDS = 7
+ROUNDS = 31
+WRITING_ROUNDS = 5
 CONTROLS = {"one_loop": ("one-loop", 1), "unrolled": ("unrolled", 4)}
 """Name of the run, and how many times the layers."""
 
@@ -101,6 +108,20 @@ def speed(model: LoopedLM, batches: list[Batch]) -> dict[str, Any]:
     }
 
 
+def writing(model: LoopedLM, prompt: list[int], rule: str | None, tokens: int) -> dict[str, Any]:
+    """Seconds of one answer either way, medians of rounds that took turns after one that does not count."""
+    sampling = Sampling(max_tokens=tokens, temperature=0.8, ignore_eos=True, exit=rule)
+    sides = {"readable": reference.generate, "engine": write.generate}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(WRITING_ROUNDS + 1):
+        for name, generate in sides.items():
+            began = time.thread_time()
+            generate(model, [prompt], sampling)
+            times[name] += [time.thread_time() - began] if turn else []
+    found = {name: statistics.median(each) for name, each in times.items()}
+    return {"tokens": tokens, "rule": rule, **found, "ratio": found["readable"] / found["engine"]}
+
+
 def spread(values: Sequence[float], digits: int = 4) -> str:
     """Mean, least and most."""
     return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
@@ -143,6 +164,19 @@ def main() -> None:
                 least, most = row["ratios"][0], row["ratios"][-1]
                 print(f"{name}: {row['mean_loops']:.2f} loops, {row['ratio']:.2f} times full depth", end=" ")
                 print(f"({least:.2f} to {most:.2f} in {ROUNDS} rounds)")
+        if "write" in wanted:
+            model, batches = shipped_model(Path(folder))
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            results["write"] = [
+                writing(model, batches[0].tokens[0][:16].tolist(), rule, tokens)
+                for rule in (None, "hazard:0.45")
+                for tokens in (8, 32, 128)
+            ]
+            torch.set_num_threads(threads)
+            for row in results["write"]:
+                print(f"{row['tokens']} tokens, {row['rule']}: readable {row['readable'] * 1e3:.0f} ms, ", end="")
+                print(f"engine {row['engine'] * 1e3:.0f} ms, {row['ratio']:.1f} times as fast")
     if "text" in wanted:
         tell_text(results["text"]["seeds"])
     results["machine"] = environment()
