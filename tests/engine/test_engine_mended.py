@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from loopwise.engine.choosing import Draw, choose_batch
 from loopwise.engine.engine import Engine
 from loopwise.engine.reference import _whole_numbers, generate
 from loopwise.engine.request import Replay, Stage
 from loopwise.engine.runner import layout_of
-from loopwise.engine.sampling import Draw, Sampling, choose, choose_batch
+from loopwise.engine.sampling import Sampling, choose
 from loopwise.engine.speculation import Speculation, saved_speculation
 from loopwise.errors import CheckpointError, ConfigError, InputError
 from loopwise.models.looped_lm import LoopedLM

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from loopwise.engine.answer import Completion
+from loopwise.engine.choosing import Draw, choose_batch
+from loopwise.engine.costs import measure_ticks
 from loopwise.engine.engine import Engine
-from loopwise.engine.runner import measure_ticks
-from loopwise.engine.sampling import Draw, Sampling, choose_batch
+from loopwise.engine.sampling import Sampling
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.nn.kernels import why_no_cpu_kernels
 from loopwise.nn.kernels.launch import load_launch_kernels

@@ -11,15 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import loopwise.engine.sampling as sampling_module
+import loopwise.engine.choosing as choosing_module
+from loopwise.engine.choosing import Draw, choose_batch
 from loopwise.engine.sampling import (
-    Draw,
     Sampling,
     adjusted,
     candidates,
     check_vocabulary,
     choose,
-    choose_batch,
     log_probability,
 )
 from loopwise.errors import ConfigError
@@ -196,8 +195,8 @@ def test_a_batch_equals_row_by_row(
     before = logits.clone()
     # Narrow beginnings and chunks of one row reach every path at a vocabulary that is quick to test.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling_module, "_PREFIX", prefix)
-        patch.setattr(sampling_module, "_CPU_NUMBERS", numbers)
+        patch.setattr(choosing_module, "_PREFIX", prefix)
+        patch.setattr(choosing_module, "_CPU_NUMBERS", numbers)
         chosen = choose_batch(logits, draws)
     expected = [
         choose(row, draw.sampling, position=draw.position, sample=draw.sample, seen=draw.seen)

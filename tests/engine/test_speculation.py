@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from loopwise.engine.costs import CostCurve, measure_costs
 from loopwise.engine.speculation import (
     MOST,
-    CostCurve,
     Speculation,
     Speculator,
-    measure_costs,
     parse_speculation,
     saved_speculation,
 )
@@ -45,7 +44,7 @@ def test_no_number_of_rows_costs_more_than_a_larger_one(monkeypatch: pytest.Monk
         now += takes[count][turns[count]]
         turns[count] += 1
 
-    monkeypatch.setattr("loopwise.engine.speculation.time.perf_counter", lambda: now)
+    monkeypatch.setattr("loopwise.engine.costs.time.perf_counter", lambda: now)
     curve = measure_costs(run, rows=(1, 2, 3), rounds=3)
     assert curve.seconds == (1.0, 1.5, 1.5)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from loopwise.engine.sampling import Draw, Sampling, choose_batch, pick
+from loopwise.engine.choosing import Draw, choose_batch, pick
+from loopwise.engine.sampling import Sampling
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.nn.fast import FastAttention, FastGate, FastMLP, FastNorm, fast_model
 from loopwise.nn.gate import HazardGate

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from loopwise.engine.costs import measure_ticks
 from loopwise.engine.engine import Engine
 from loopwise.engine.request import Replay
-from loopwise.engine.runner import measure_ticks
 from loopwise.engine.sampling import Sampling
 from loopwise.errors import ConfigError
 from loopwise.loops.exits import parse_rule

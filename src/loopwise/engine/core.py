@@ -4,39 +4,23 @@
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from loopwise.engine.answer import Emission
+from loopwise.engine.choosing import choose_launched, choose_states, draw
+from loopwise.engine.counts import Counts
 from loopwise.engine.judge import Judge
+from loopwise.engine.plan import Plan
 from loopwise.engine.request import Choice, Chunk, Request, Row, Stage
 from loopwise.engine.runner import Runner
-from loopwise.engine.sampling import Draw, choose_batch, pick
-from loopwise.engine.scheduler import Plan, Scheduler
+from loopwise.engine.scheduler import Scheduler
 from loopwise.engine.speculation import Speculator
 from loopwise.memory.paged import BOUNDARY
 from loopwise.memory.prefix import PrefixCache
-
-
-@dataclass
-class Counts:
-    """What an engine has done so far."""
-
-    ticks: int = 0
-    rows: int = 0
-    """Rows that ran one loop, prompt rows included."""
-    draft_rows: int = 0
-    """Those of them that were started from drafts and not yet confirmed."""
-    prompt_rows: int = 0
-    tokens: int = 0
-    """Tokens emitted."""
-    loops: Counter[int] = field(default_factory=Counter)
-    """Emitted tokens by the loops of the row that emitted them."""
 
 
 class Core:
@@ -109,7 +93,7 @@ class Core:
         """Read every row that stopped or that may start the next position; confirm what is certain."""
         jobs = [(request, row) for request, row in rows if self._speaks(request, row)]
         if jobs:
-            for (request, row), choice in zip(jobs, self._choose_launched(jobs, after), strict=True):
+            for (request, row), choice in zip(jobs, choose_launched(self.runner, jobs, after), strict=True):
                 if row.seat < 0:
                     continue  # dropped meanwhile: an earlier row of its request became certain and disagreed
                 if row.left and row.position == len(request.left):
@@ -130,47 +114,6 @@ class Core:
         if row.left:
             return row.left == row.loop  # later loops only fill planes
         return row.loop == settings.draft_loop or (settings.redraft and row.loop > settings.draft_loop)
-
-    def _choose_launched(self, jobs: Sequence[tuple[Request, Row]], after: Float[Tensor, "rows width"]) -> list[Choice]:
-        """What rows of this tick's launch say."""
-        said = self.runner.say(jobs, after)
-        if said is not None:
-            return [Choice(token, logprob) for token, logprob in zip(*said, strict=True)]
-        if len(jobs) < len(after):
-            after = after[torch.tensor([row.launched for _, row in jobs], device=self.runner.device)]
-        return self._choose(jobs, after)
-
-    def _choose(self, jobs: Sequence[tuple[Request, Row]], states: Float[Tensor, "rows width"]) -> list[Choice]:
-        logits = self.runner.read(jobs, states)
-        return self._draw([(request, row.position) for request, row in jobs], logits)
-
-    def _draw(self, places: Sequence[tuple[Request, int]], logits: Float[Tensor, "rows vocab"]) -> list[Choice]:
-        """Choose the token that follows each (request, position)."""
-        draws = [
-            Draw(
-                sampling=request.sampling,
-                position=position + 1,
-                sample=request.answer.sample,
-                seen=request.seen(position),
-            )
-            for request, position in places
-        ]
-        tops: list[tuple[tuple[int, float], ...]] = [()] * len(places)
-        picked = pick(logits, draws)
-        if picked is not None:
-            tokens, logprobs = picked
-        else:
-            chosen = choose_batch(logits, draws)
-            tokens, logprobs = chosen.tokens.tolist(), chosen.logprobs.tolist()
-            if chosen.top_ids is not None and chosen.top_logprobs is not None:
-                pairs = zip(chosen.top_ids.tolist(), chosen.top_logprobs.tolist(), strict=True)
-                tops = [tuple((i, p) for i, p in zip(ids, chances, strict=True) if i >= 0) for ids, chances in pairs]
-        for number, (request, position) in enumerate(places):
-            forced = request.forced_token(position + 1)
-            if forced is not None:
-                wide = logits[number].to(torch.promote_types(logits.dtype, torch.float32))
-                tokens[number], logprobs[number] = forced, float(torch.log_softmax(wide, dim=-1)[forced])
-        return [Choice(*choice) for choice in zip(tokens, logprobs, tops, strict=True)]
 
     def _draft(self, request: Request, row: Row, choice: Choice) -> None:
         """Start the next position from what a row seems about to say, or anew if it changed its mind."""
@@ -235,7 +178,7 @@ class Core:
                         for _, row in others
                     ]
                 )
-                for (request, row), choice in zip(others, self._choose(others, states), strict=True):
+                for (request, row), choice in zip(others, choose_states(self.runner, others, states), strict=True):
                     self._confirm(request, row, choice)
 
     def _say(self, request: Request, choice: Choice, loops: int, signals: Sequence[float]) -> bool:
@@ -287,7 +230,7 @@ class Core:
         if not whole:
             return
         logits = self.runner.prompt_logits([chunk for _, chunk in whole])
-        choices = self._draw([(request, len(request.prompt) - 1) for request, _ in whole], logits)
+        choices = draw([(request, len(request.prompt) - 1) for request, _ in whole], logits)
         for (request, chunk), choice in zip(whole, choices, strict=True):
             self._publish(request, len(request.prompt))
             if self._policy.collapses and request.pages is not None:

@@ -19,9 +19,10 @@ from types import TracebackType
 
 from loopwise.engine.answer import Answer, Completion, Emission
 from loopwise.engine.core import Core
+from loopwise.engine.costs import measure_ticks
 from loopwise.engine.reference import check_sampling, encode_prompt
 from loopwise.engine.request import Replay, Request, Stage, check_replay
-from loopwise.engine.runner import Runner, layout_of, measure_ticks
+from loopwise.engine.runner import Runner, layout_of
 from loopwise.engine.sampling import Sampling, check_vocabulary
 from loopwise.engine.scheduler import Scheduler
 from loopwise.engine.speculation import Speculation, Speculator, parse_speculation, saved_speculation

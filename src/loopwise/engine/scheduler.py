@@ -6,39 +6,12 @@ does loop r in the same launch: then the planes it reads are written. Without th
 
 from collections import deque
 from collections.abc import Callable, Set
-from dataclasses import dataclass, field
 
+from loopwise.engine.plan import Plan
 from loopwise.engine.request import Chunk, Request, Row, Stage
 from loopwise.memory.paged import BOUNDARY, PagedMemory, PageList, take_pages
 from loopwise.memory.prefix import PrefixCache
 from loopwise.memory.snapshot import restore_pages, save_pages
-
-
-@dataclass
-class Plan:
-    """What one tick runs."""
-
-    rows: list[tuple[Request, Row]] = field(default_factory=list)
-    chunks: list[tuple[Request, Chunk]] = field(default_factory=list)
-    drafts: int = 0
-    """How many of the rows were started from drafts."""
-
-    @property
-    def empty(self) -> bool:
-        return not self.rows and not self.chunks
-
-    @property
-    def prompt_rows(self) -> int:
-        return sum(chunk.rows for _, chunk in self.chunks) if self.chunks else 0
-
-    @property
-    def total(self) -> int:
-        return len(self.rows) + self.prompt_rows
-
-    def drop(self, request: Request) -> None:
-        """Take out a request that had to step aside after it was planned."""
-        self.rows = [(mine, row) for mine, row in self.rows if mine is not request]
-        self.chunks = [(mine, chunk) for mine, chunk in self.chunks if mine is not request]
 
 
 class Scheduler:

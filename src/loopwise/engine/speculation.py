@@ -10,13 +10,12 @@ of B requests costs c(B n). The window with the least E c(B n) / n is taken, 0 a
 nearly free.
 """
 
-import bisect
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from loopwise.engine.costs import CostCurve
 from loopwise.errors import CheckpointError, ConfigError
 from loopwise.hub.tokenizer_files import read_json
 
@@ -85,40 +84,6 @@ def parse_speculation(text: "str | Speculation | None") -> Speculation | None:
     if not loop.isdigit() or once not in ("", "once"):
         raise ConfigError(f'speculate={text!r}: allowed are "auto", "off", a draft loop such as "2", or "2:once"')
     return Speculation(draft_loop=int(loop), redraft=not once)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostCurve:
-    """Seconds of a tick by its number of rows, measured."""
-
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def __call__(self, rows: int | float) -> float:
-        """Between measurements a straight line; beyond the last, in proportion."""
-        if rows >= self.rows[-1]:
-            return self.seconds[-1] * rows / self.rows[-1]
-        after = bisect.bisect_right(self.rows, rows)
-        if after == 0:
-            return self.seconds[0]
-        (r0, r1), (s0, s1) = self.rows[after - 1 : after + 1], self.seconds[after - 1 : after + 1]
-        return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
-
-
-def measure_costs(run: Callable[[int], None], *, rows: Sequence[int], rounds: int = 4) -> CostCurve:
-    """Time `run(n)` for each n, `rounds` times in turn after once for warming up.
-
-    What else the machine does only adds time: the least counts, and no number of rows costs more than a larger one.
-    """
-    least = {count: float("inf") for count in rows}
-    for turn in range(rounds + 1):
-        for count in rows:
-            began = time.perf_counter()
-            run(count)
-            if turn:
-                least[count] = min(least[count], time.perf_counter() - began)
-    seconds = [min(least[more] for more in rows if more >= count) for count in rows]
-    return CostCurve(rows=tuple(rows), seconds=tuple(seconds))
 
 
 class Host:
