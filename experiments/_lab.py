@@ -300,7 +300,7 @@ def write_index() -> None:
 def _draw(figure: Any, path: Path) -> None:
     try:
         figure.write_image(path)
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:  # Which of the two depends on plotly's version.
         if "kaleido" not in str(error).lower():
             raise
         raise MissingExtraError("kaleido", "browser") from None
