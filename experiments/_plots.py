@@ -7,7 +7,7 @@ from _intervals import Interval, t_interval
 
 from loopwise.errors import MissingExtraError
 
-COLOURS = ("#1b4f9c", "#c8553d", "#2a9d70", "#8e5bb5", "#d19a1e", "#4a4a4a", "#3aa6c9", "#b03a77")
+COLOURS = ("#1b4f9c", "#c8553d", "#2a9d70", "#8e5bb5", "#d19a1e", "#4a4a4a", "#3aa6c9", "#b03a77", "#7a8c2e", "#111111")
 
 
 def figure(*, x: str, y: str, title: str = "", width: int = 760, height: int = 440) -> Any:
@@ -35,15 +35,42 @@ def figure(*, x: str, y: str, title: str = "", width: int = 760, height: int = 4
     return made
 
 
+def panels(axes: Sequence[tuple[str, str]], *, width: int = 1300, height: int = 460) -> Any:
+    """An empty figure of panels side by side, each with its (x, y) named; `add_line` draws in one of them.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    made = figure(x="", y="", width=width, height=height)
+    gap = 0.075
+    share = (1 - gap * (len(axes) - 1)) / len(axes)
+    for index, (x, y) in enumerate(axes, 1):
+        domain = [(index - 1) * (share + gap), (index - 1) * (share + gap) + share]
+        made.update_layout({f"xaxis{index}": {"title": {"text": x}, "domain": domain, "anchor": f"y{index}"}})
+        made.update_layout({f"yaxis{index}": {"title": {"text": y}, "anchor": f"x{index}"}})
+    made.update_layout(legend={"orientation": "h", "y": -0.2})
+    return made
+
+
 def colour(index: int) -> str:
     """The colour of the series with this number."""
     return COLOURS[index % len(COLOURS)]
 
 
 def add_line(
-    made: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], *, name: str, index: int, dash: str = "solid"
+    made: Any,
+    x: Sequence[float],
+    seeds: Sequence[Sequence[float]],
+    *,
+    name: str,
+    index: int,
+    dash: str = "solid",
+    panel: int = 1,
+    mode: str = "lines+markers",
+    legend: bool = True,
 ) -> None:
     """The mean over seeds, a row of `seeds` each, and the band from the least to the most of them."""
+    place = {"xaxis": f"x{panel}", "yaxis": f"y{panel}"}
     columns = list(zip(*seeds, strict=True))
     shade = "rgba({},{},{},0.16)".format(*(int(colour(index)[i : i + 2], 16) for i in (1, 3, 5)))
     edges = [*map(max, columns), *reversed(list(map(min, columns)))]
@@ -56,14 +83,17 @@ def add_line(
         mode="lines",
         hoverinfo="skip",
         showlegend=False,
+        **place,
     )
     made.add_scatter(
         x=list(x),
         y=[sum(column) / len(column) for column in columns],
         name=name,
-        mode="lines+markers",
+        showlegend=legend,
+        mode=mode,
         line={"color": colour(index), "width": 2, "dash": dash},
         marker={"size": 6},
+        **place,
     )
 
 
