@@ -68,14 +68,14 @@ SETTINGS = {
         most=6,
         width=64,
         text=Text(corpus_bytes=4_000_000, vocabulary=512, context=64, rows=8),
-        steps=600,
+        steps=500,
         learning_rate=3e-3,
         held_out=256,
         mano=ManoConfig(modulus=5, operations=3, asked="parts"),
         mano_layers=(1, 1, 1),
         mano_width=64,
         mano_rows=32,
-        mano_steps=1200,
+        mano_steps=900,
         mano_learning_rate=3e-3,
         mano_problems=2000,
     ),
@@ -308,19 +308,30 @@ def _signed(interval: Interval) -> str:
     return interval.text(3, sign=True)
 
 
+def _than(interval: Interval) -> str:
+    """How one loss compares with another."""
+    if interval.high < 0:
+        less = Interval(mean=-interval.mean, low=-interval.high, high=-interval.low, count=interval.count)
+        return f"better by {less.text(3)} nats"
+    if interval.low > 0:
+        return f"worse by {interval.text(3)} nats"
+    return f"not surely different, {_signed(interval)} nats"
+
+
 def _verdict(setting: Setting, text: Compared, mano: Compared) -> str:
     worse = all(interval.low > 0 for interval in text.again.values())
-    helps = text.chosen.high < 0
+    often = setting.loops
     return (
         f"{'As published' if worse else 'Not as published'}, applying a plain model's middle again at inference "
         f"{'makes it worse' if worse else 'does not surely make it worse'}: "
         + ", ".join(f"{_signed(interval)} nats at {loops} loops" for loops, interval in text.again.items())
-        + f". {'Chosen' if helps else 'Even chosen'} on other text among all windows and damped steps it "
-        f"{'gains' if helps else 'gains nothing sure'}: {_signed(text.chosen)}. Trained with {setting.loops} loops, "
-        f"the same parameters are {_signed(text.trained)} from the plain model on as many tokens, "
-        + (f"{_signed(text.shared)} on as many operations. " if text.shared else "")
-        + f"On Mano: looped at inference {_signed(mano.again[setting.loops])} at {setting.loops} loops, chosen "
-        f"{_signed(mano.chosen)}, trained in loops {_signed(mano.trained)}."
+        + ". Damped steps in the window that did best on other text "
+        + ("help" if text.chosen.high < 0 else "do not help")
+        + f": {_than(text.chosen)}. The same parameters trained with {often} loops, against the plain model: "
+        f"{_than(text.trained)} on as many tokens"
+        + (f", {_than(text.shared)} on as many operations" if text.shared else "")
+        + f". Mano: looped at inference {_than(mano.again[often])} at {often} loops, trained in loops "
+        f"{_than(mano.trained)}."
     )
 
 
