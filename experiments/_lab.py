@@ -75,6 +75,11 @@ class Results:
         pairs = zip(self.values(variant, key), self.values(other, key), strict=True)
         return t_interval([first - second for first, second in pairs])
 
+    def difference_of(self, variant: str, key: str, other: str) -> Interval:
+        """Mean over seeds of one number of a variant less another of its numbers, with its 95% interval."""
+        pairs = zip(self.values(variant, key), self.values(variant, other), strict=True)
+        return t_interval([first - second for first, second in pairs])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
@@ -203,9 +208,10 @@ def _measure(experiment: Experiment, setting: Any, variant: str, seed: int, fold
         return
     checkpoints = path.with_suffix("")
     checkpoints.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
+    # Of the processor, not of the clock: what else runs on the machine is none of the cell's.
+    began = time.process_time()
     cell = Cell(setting=setting, variant=variant, seed=seed, device=device, checkpoints=checkpoints)
-    record = {**experiment.measure(cell), "seconds": round(time.perf_counter() - began, 1)}
+    record = {**experiment.measure(cell), "seconds": round(time.process_time() - began, 1)}
     put(path, json.dumps({**record, "machine": environment(device)}, indent=1) + "\n")
     shown = {key: value for key, value in record.items() if isinstance(value, int | float)}
     cell.log(0, {"done": 1, **shown})
@@ -248,7 +254,9 @@ def write(experiment: Experiment, name: str, setting_name: str, results: Results
         picture = f"![{experiment.title}]({stem}.svg)"
     sizes = ", ".join(f"{key} {value}" for key, value in asdict(results.setting).items())
     machine = "; ".join(
-        f"{m.get('cpu', '')}, {m.get('threads')} thread, torch {m['packages']['torch']}" for m in machines
+        dict.fromkeys(
+            f"{m.get('cpu', '')}, {m.get('threads')} thread, torch {m['packages']['torch']}" for m in machines
+        )
     )
     parts = [
         f"# {experiment.title}",

@@ -52,6 +52,15 @@ def panels(axes: Sequence[tuple[str, str]], *, width: int = 1300, height: int = 
     return made
 
 
+def legends_below(made: Any) -> None:
+    """Give each panel a legend of its own, below it."""
+    made.update_layout(margin={"b": 150})
+    for number, axis in enumerate(made.select_xaxes(), 1):
+        made.update_traces(legend=f"legend{number}", selector={"xaxis": axis.anchor.replace("y", "x")})
+        place = {"x": axis.domain[0], "y": -0.2, "xanchor": "left", "yanchor": "top", "font": {"size": 11}}
+        made.update_layout({f"legend{number}": place | {"orientation": "v"}})
+
+
 def colour(index: int) -> str:
     """The colour of the series with this number."""
     return COLOURS[index % len(COLOURS)]
