@@ -103,7 +103,6 @@ def test_tokens_are_those_of_the_batch(temperature: float) -> None:
     model = tiny("ouro", vocab_size=5000)
     few = Engine(model, memory="1MiB")._core.runner._few
     assert few is not None
-    few.find_weights()
     states = torch.randn(9, model.config.width, dtype=torch.float64)
     rows = [
         Draw(sampling=Sampling(temperature=temperature, seed=seed), position=10 * seed + 1, sample=seed % 3)

@@ -8,6 +8,7 @@ import pytest
 from loopwise.engine.costs import CostCurve, measure_costs
 from loopwise.engine.speculation import (
     MOST,
+    Pace,
     Speculation,
     Speculator,
     parse_speculation,
@@ -67,25 +68,34 @@ def test_drafts_have_places_only_while_these_are_nearly_free() -> None:
     assert speculator(curve, loops=4, settles=1).window(0) == 0
 
 
-def test_what_ticks_take_beyond_their_rows_counts_against_drafts() -> None:
+def run_alone(made: Speculator, tokens: int, *, drafted: float, plain: float) -> int:
+    """Tokens that were made with drafts, each taking `drafted` seconds, of this many; the others took `plain`."""
+    count = 0
+    for _ in range(tokens):
+        drafting = made.window(1) > 0
+        count += drafting
+        made.pace.took(drafted if drafting else plain, 1)
+    return count
+
+
+def test_drafts_that_are_slower_by_the_clock_rest_and_are_tried_again() -> None:
     made = speculator(FREE, loops=4, settles=2)
-    assert made.window(1) == 3
-    for _ in range(50):
-        made.took(1.1, rows=1, drafts=0)
-        made.took(2.5, rows=2, drafts=1)
-    assert made.window(1) == 0
-    # Nothing is drafted now, so what drafts cost is forgotten bit by bit, and they are tried again.
-    for _ in range(1000):
-        made.took(1.1, rows=1, drafts=0)
-    assert made.window(1) > 0
+    assert run_alone(made, 60, drafted=1.1, plain=1.0) == Pace.TRIAL
+    tried = run_alone(made, 3000, drafted=1.1, plain=1.0)
+    assert 0 < tried < 600
+    assert run_alone(made, 3000, drafted=0.5, plain=1.0) > 2500
 
 
-def test_a_tick_that_was_held_up_is_no_sign_of_dear_drafts() -> None:
+def test_drafts_that_are_faster_run_nearly_always() -> None:
+    made = speculator(FREE, loops=4, settles=2)
+    assert run_alone(made, 5000, drafted=0.5, plain=1.0) > 4950
+
+
+def test_a_tick_that_was_held_up_is_no_sign_of_slow_drafts() -> None:
     made = speculator(FREE, loops=4, settles=1)
-    for turn in range(60):
-        made.took(1.01, rows=1, drafts=0)
-        made.took(1.04 if turn % 20 else 30.0, rows=4, drafts=3)
-    assert made.window(1) == 3
+    run_alone(made, 500, drafted=0.5, plain=1.0)
+    made.pace.took(1000.0, 1)
+    assert run_alone(made, 1000, drafted=0.5, plain=1.0) > 950
 
 
 def test_acceptance_is_the_share_of_tokens_that_were_running_in_time() -> None:

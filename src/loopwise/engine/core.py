@@ -59,7 +59,7 @@ class Core:
     @torch.inference_mode()
     def tick(self) -> bool:
         """Run everything that is ready for one loop; False when nothing was."""
-        began = time.perf_counter()
+        began, said = time.perf_counter(), self.counts.tokens
         self.scheduler.admit()
         plan = self.scheduler.plan(self._choose_window)
         if plan.empty:
@@ -70,8 +70,8 @@ class Core:
         self._read(plan.rows, after)
         self._end_fills(plan.rows)
         self._end_chunks(plan.chunks)
-        if self.speculator is not None and not plan.chunks:
-            self.speculator.took(time.perf_counter() - began, rows=len(plan.rows), drafts=plan.drafts)
+        if self.speculator is not None and not plan.chunks and len(self.scheduler.running) == 1:
+            self.speculator.pace.took(time.perf_counter() - began, self.counts.tokens - said)
         return True
 
     def _choose_window(self, rows: int) -> int:

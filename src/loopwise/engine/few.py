@@ -59,6 +59,7 @@ class FewRows:
         self._inner = [dict(block.named_parameters()).get(name) for block in model.core for name in LAYER_WEIGHTS]
         self._weights = [weight for weight in (*self._outer.values(), *self._inner) if weight is not None]
         self._addresses: list[int] = []
+        self._kept: list[Tensor] = []
         first = next(iter(pool.keys.values()))
         self._layers = (ctypes.c_void_p * (LAYER_POINTERS * len(model.core)))()
         self._shape = CoreShape(
@@ -97,6 +98,7 @@ class FewRows:
         """Whether a loop can begin with a token, where nothing asks for another start state."""
         self.says = not len(model.coda)
         """Whether `say` can be asked: a coda has keys and values of its own."""
+        self.find_weights()
 
     @staticmethod
     def of(model: LoopedLM, memory: PagedMemory, seats: Seats) -> "FewRows | None":
@@ -167,7 +169,8 @@ class FewRows:
             shape.cos, shape.sin = rotary.cos.data_ptr(), rotary.sin.data_ptr()
 
     def find_weights(self) -> None:
-        """Note where the weights lie; called once in every tick, as some may have been put elsewhere.
+        """Note where the weights lie, as some may have been put elsewhere: before any prompt runs. Answers that are
+        begun go on with what was there.
 
         Raises:
             RuntimeError: they are of another type now.
@@ -178,7 +181,7 @@ class FewRows:
         dtype = self._before.dtype
         if not all(weight.dtype == dtype and weight.is_contiguous() for weight in self._weights):
             raise RuntimeError("the model's weights have changed their type or layout; make a new engine")
-        self._addresses = addresses
+        self._addresses, self._kept = addresses, [weight.data for weight in self._weights]
         for name, weight in self._outer.items():
             setattr(self._shape, name, None if weight is None else weight.data_ptr())
         pool, weights = self._memory.core, iter(self._inner)

@@ -56,7 +56,7 @@ class Runner:
         self._hazards = None
         fresh = [(request, row) for request, row in rows if not row.started]
         few = self._few
-        if few is not None:
+        if few is not None and chunks:
             few.find_weights()
         if few is None or chunks or len(rows) > FEW_ROWS:
             self.encode(fresh, [(request, chunk) for request, chunk in chunks if chunk.state is None])

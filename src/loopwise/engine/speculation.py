@@ -10,6 +10,7 @@ of B requests costs c(B n). The window with the least E c(B n) / n is taken, 0 a
 nearly free.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +27,11 @@ NEARLY_FREE = 1.15
 the host does for each row, so where rows are dear a small predicted gain would be none."""
 WORTHWHILE = 1.3
 """It may take longer where so many times the tokens are predicted to come of it."""
-FILLING = 1.1
+FILLING = 1.3
 """A window may grow beyond what drafts need on average while a tick takes at most this much longer for it."""
+
+FASTER = 0.98
+"""Drafts are kept while a token takes less than this part of the time that it takes without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,42 +90,53 @@ def parse_speculation(text: "str | Speculation | None") -> Speculation | None:
     return Speculation(draft_loop=int(loop), redraft=not once)
 
 
-class Host:
-    """Seconds that ticks take beyond what was measured for their rows, learnt from them: scheduling, judging, telling.
+class Pace:
+    """Whether drafts make one request faster, by the clock: the cost of ticks leaves out what the host does for rows,
+    and of a small model that is most of it.
 
-    What else the machine does now and then must not pass for the host's work, so a tick counts for three times what is
-    known at most. While nothing is drafted what drafts cost is slowly forgotten, so that they are tried again.
+    Drafts run; after a while they rest for a few tokens, so that there is something to compare with. Where they are no
+    faster they rest for long, and are tried again.
     """
 
-    def __init__(self) -> None:
-        self.plain = 0.0
-        """Of a tick without drafts."""
-        self.draft = 0.0
-        """What each draft adds."""
-        self.changed = False
-        """Whether decisions that were based on it should be taken anew; whoever does sets it back."""
-        self._seen = [0, 0]
-        self._based_on = (0.0, 0.0)
+    TRIAL = 48
+    """Tokens of a try."""
+    REST = 12
+    """Tokens of a rest that is only to compare with."""
+    LONG = 256
+    """Tokens of what follows a comparison."""
+    STRETCHES = 16
+    """So many times drafts may be found to be faster before they rest again to be compared with."""
 
-    def learn(self, beyond: float, drafts: int) -> None:
-        """One tick took so many seconds beyond what was measured for its rows."""
-        kind = drafts > 0
-        known = self.draft if kind else self.plain
-        found = max(0.0, (beyond - self.plain) / drafts if kind else beyond)
-        self._seen[kind] += 1
-        if self._seen[kind] > 8:
-            known += 0.05 * (min(found, 3 * known + 1e-5) - known)
+    def __init__(self) -> None:
+        self.drafting = True
+        self._until, self._tokens, self._seconds = self.TRIAL, 0, 0.0
+        self._usual = 0.0
+        self._plain = self._drafted = math.nan
+        """Seconds per token."""
+        self._stretches = 0
+
+    def took(self, seconds: float, tokens: int) -> None:
+        """A tick of one request alone made so many tokens."""
+        # A tick that something else held up counts for some usual ones.
+        seconds = min(seconds, 5 * self._usual) if self._usual else seconds
+        self._usual += (seconds - self._usual) / 16
+        self._seconds += seconds
+        self._tokens += tokens
+        if self._tokens < self._until:
+            return
+        pace = self._seconds / self._tokens
+        self._tokens, self._seconds = 0, 0.0
+        if self.drafting:
+            self._drafted, self._stretches = pace, self._stretches + 1
+            if math.isnan(self._plain) or self._stretches % self.STRETCHES == 0:
+                self.drafting, self._until = False, self.REST
+            else:
+                self.drafting, self._until = self._drafted < FASTER * self._plain, self.LONG
         else:
-            # The first few: the least of them.
-            known = found if self._seen[kind] == 1 else min(known, found)
-        if kind:
-            self.draft = known
-        else:
-            self.plain = known
-            self.draft *= 0.999
-        before = sum(self._based_on)
-        if abs(self.plain + self.draft - before) > 0.1 * before:
-            self._based_on, self.changed = (self.plain, self.draft), True
+            self._plain = pace
+            again = self._until == self.LONG
+            faster = self._drafted < FASTER * self._plain
+            self.drafting, self._until = faster or again, self.TRIAL if again else self.LONG
 
 
 class Speculator:
@@ -147,7 +162,7 @@ class Speculator:
         self._windows: dict[int, int] = {}
         """Decisions by rows, kept while what was seen of drafts changes little."""
         self._flight = 0.0
-        self._host = Host()
+        self.pace = Pace()
         self._loops = float(loops)
         # Hoped for until seen: the draft settles halfway.
         self._settles = max(float(settings.draft_loop), loops / 2)
@@ -178,25 +193,24 @@ class Speculator:
         """Drafts ahead of the frontier that pay, when `rows` rows run in any case."""
         if self.settings.window is not None:
             return self.settings.window
-        if rows == 0:
+        if rows == 0 or (rows == 1 and not self.pace.drafting):
             return 0
-        if abs(self.flight - self._flight) > 0.02 * self._flight or self._host.changed:
+        if abs(self.flight - self._flight) > 0.02 * self._flight:
             self._flight = self.flight
-            self._host.changed = False
             self._windows.clear()
         if rows not in self._windows:
             self._windows[rows] = self._weigh(rows)
         return self._windows[rows]
 
     def _weigh(self, rows: int) -> int:
-        most, plain = self.flight, self._tick_cost(rows, 1.0)
-        best, best_cost = 0, plain
+        most = self.flight
+        best, best_cost = 0, self.costs(rows)
         for window in range(1, MOST + 1):
             flight = min(window + 1.0, most)
-            cost = self._tick_cost(rows, flight) / flight
-            dear = self._tick_cost(rows, flight) > NEARLY_FREE * plain
+            cost = self.costs(rows * flight) / flight
+            dear = self.costs(rows * flight) > NEARLY_FREE * self.costs(rows)
             # One request alone may pay for drafts that bring much; in a crowd the host's work for rows adds up.
-            dear = dear and (rows > 1 or WORTHWHILE * cost > plain)
+            dear = dear and (rows > 1 or WORTHWHILE * cost > self.costs(rows))
             # A gain within the noise of the measurement is none.
             if cost < 0.97 * best_cost and not dear:
                 best, best_cost = window, cost
@@ -204,21 +218,12 @@ class Speculator:
                 break
         # Means hide that settled tokens come in runs: where a fuller window costs little, it may be full.
         deepest = min(MOST, round(self._loops) - 1)
-        allowed = NEARLY_FREE * plain
+        allowed = NEARLY_FREE * self.costs(rows)
         if rows == 1:
-            allowed = max(allowed, FILLING * self._tick_cost(1, min(best + 1.0, most)))
-        while 0 < best < deepest and self._tick_cost(rows, best + 2.0) <= allowed:
+            allowed = max(allowed, FILLING * self.costs(min(best + 1.0, most)))
+        while 0 < best < deepest and self.costs(rows * (best + 2)) <= allowed:
             best += 1
         return best
-
-    def _tick_cost(self, rows: int, flight: float) -> float:
-        """Seconds of a tick in which each of `rows` requests has `flight` rows in flight."""
-        return self.costs(rows * flight) + self._host.plain + self._host.draft * rows * (flight - 1.0)
-
-    def took(self, seconds: float, *, rows: int, drafts: int) -> None:
-        """A tick without prompts took so long, with so many rows and drafts among them."""
-        if self._costs is not None:
-            self._host.learn(seconds - self._costs(rows), drafts)
 
     def learn(self, *, loops: int, settled: int, asked: bool) -> None:
         """One token became certain after `loops` loops; its successor had been started after `settled` of them.
