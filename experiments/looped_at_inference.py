@@ -24,16 +24,11 @@ from loopwise.models.looped_lm import LMContext, LoopedLM
 from loopwise.objectives.base import Objective
 from loopwise.objectives.last_loop import LastLoop
 from loopwise.objectives.random_depth import RandomDepth
-from loopwise.tasks.mano import Mano, ManoConfig
-from loopwise.tasks.problems import numbers
 from loopwise.train.batches import Batch
 from loopwise.train.step import executed_flops
-from loopwise.train.tasks import as_batch, train_on_problems
 
-TEST_SEED = 1_000_003
 WAYS = ("naive", "damped", "anchored")
 PLAIN, LOOPED, CHEAP, ANY = "plain", "looped", "looped, FLOPs of plain", "any loops"
-TASKS = ("text", "Mano")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +47,6 @@ class Setting:
     learning_rate: float
     held_out: int
     """Rows of held-out text; where and how to loop is chosen on one half, all losses are of the other."""
-    mano: ManoConfig
-    mano_layers: tuple[int, int, int]
-    mano_width: int
-    mano_rows: int
-    mano_steps: int
-    mano_learning_rate: float
-    mano_problems: int
 
 
 SETTINGS = {
@@ -71,13 +59,6 @@ SETTINGS = {
         steps=500,
         learning_rate=3e-3,
         held_out=256,
-        mano=ManoConfig(modulus=5, operations=3, asked="parts"),
-        mano_layers=(1, 1, 1),
-        mano_width=64,
-        mano_rows=32,
-        mano_steps=900,
-        mano_learning_rate=3e-3,
-        mano_problems=2000,
     ),
     "full": Setting(
         layers=(4, 4, 4),
@@ -88,52 +69,36 @@ SETTINGS = {
         steps=20_000,
         learning_rate=1e-3,
         held_out=512,
-        mano=ManoConfig(modulus=23, operations=10, asked="answer"),
-        mano_layers=(1, 1, 1),
-        mano_width=512,
-        mano_rows=128,
-        mano_steps=80_000,
-        mano_learning_rate=1e-3,
-        mano_problems=2000,
     ),
 }
 
 
-def _split(variant: str) -> tuple[str, str]:
-    task, _, model = variant.partition(" ")
-    return task, model
-
-
-def _variants(setting: Setting) -> tuple[str, ...]:
-    return (*(f"text {model}" for model in (PLAIN, LOOPED, CHEAP, ANY)), f"Mano {PLAIN}", f"Mano {LOOPED}")
+VARIANTS = (PLAIN, LOOPED, CHEAP, ANY)
 
 
 def _config(setting: Setting, variant: str) -> LoopedLMConfig:
-    task, model = _split(variant)
-    before, inside, after = setting.layers if task == "text" else setting.mano_layers
-    exam = Mano(setting.mano)
+    before, inside, after = setting.layers
     config = small_lm(
-        vocab_size=setting.text.vocabulary if task == "text" else exam.vocab_size,
-        width=setting.width if task == "text" else setting.mano_width,
+        vocab_size=setting.text.vocabulary,
+        width=setting.width,
         layers=inside,
-        loops=1 if model == PLAIN else setting.loops,
-        length=setting.text.context if task == "text" else exam.length,
+        loops=1 if variant == PLAIN else setting.loops,
+        length=setting.text.context,
         prelude=before,
     )
     return replace(config, coda_layers=after)
 
 
 def _objective(setting: Setting, variant: str) -> Objective:
-    model = _split(variant)[1]
-    if model == ANY:
+    if variant == ANY:
         return RandomDepth(loops=setting.loops, sampler="uniform", max_loops=setting.loops, backprop=None)
-    return LastLoop(loops=1 if model == PLAIN else setting.loops)
+    return LastLoop(loops=1 if variant == PLAIN else setting.loops)
 
 
 def _step_flops(setting: Setting, variant: str) -> float:
-    """Operations of a training step on text; of a random depth, the mean."""
+    """Operations of a training step; of a random depth, the mean."""
     objective, config = _objective(setting, variant), _config(setting, variant)
-    depths = range(1, setting.loops + 1) if _split(variant)[1] == ANY else [config.loops]
+    depths = range(1, setting.loops + 1) if variant == ANY else [config.loops]
     plans = [LastLoop(loops=depth).plan(seed=0, step=0, micro=0) for depth in depths]
     tokens, context = setting.text.rows * setting.text.context, setting.text.context
     costs = [executed_flops(config, plan, tokens=tokens, context=context, trains=objective.trains) for plan in plans]
@@ -141,12 +106,9 @@ def _step_flops(setting: Setting, variant: str) -> float:
 
 
 def _steps(setting: Setting, variant: str) -> int:
-    task, model = _split(variant)
-    if task == "Mano":
-        return setting.mano_steps
-    if model != CHEAP:
+    if variant != CHEAP:
         return setting.steps
-    return round(setting.steps * _step_flops(setting, f"text {PLAIN}") / _step_flops(setting, variant))
+    return round(setting.steps * _step_flops(setting, PLAIN) / _step_flops(setting, CHEAP))
 
 
 def window(model: LoopedLM, first: int, layers: int) -> LoopedLM:
@@ -216,46 +178,26 @@ def _training_free(
 def measure(cell: Cell) -> dict[str, Any]:
     """Train one model, then ask it after each number of loops."""
     setting: Setting = cell.setting
-    task, name = _split(cell.variant)
-    config, objective = _config(setting, cell.variant), _objective(setting, cell.variant)
-    rate = setting.learning_rate if task == "text" else setting.mano_learning_rate
-    fit_config = recipe(_steps(setting, cell.variant), rate)
-    if task == "text":
-        model = train_on_text(
-            config,
-            setting.text,
-            objective,
-            fit_config,
-            seed=cell.seed,
-            device=cell.device,
-            checkpoints=cell.checkpoints,
-            log=cell.log,
-        )
-        held_out = setting.text.source(cell.seed).validation(setting.held_out)
-        tries, exam = held_out[::2], held_out[1::2]
-    else:
-        model = train_on_problems(
-            config,
-            Mano(setting.mano),
-            objective,
-            fit_config,
-            rows=setting.mano_rows,
-            seed=cell.seed,
-            device=cell.device,
-            checkpoints=cell.checkpoints,
-            log=cell.log,
-        )
-        model.to("cpu")
-        longest = Mano(replace(setting.mano, asked="answer", shortest=setting.mano.operations))
-        drawn = [numbers(part * setting.mano_problems, setting.mano_problems) for part in range(2)]
-        tries, exam = ([as_batch(longest.draw(TEST_SEED, part))] for part in drawn)
+    config = _config(setting, cell.variant)
+    model = train_on_text(
+        config,
+        setting.text,
+        _objective(setting, cell.variant),
+        recipe(_steps(setting, cell.variant), setting.learning_rate),
+        seed=cell.seed,
+        device=cell.device,
+        checkpoints=cell.checkpoints,
+        log=cell.log,
+    )
+    held_out = setting.text.source(cell.seed).validation(setting.held_out)
+    tries, exam = held_out[::2], held_out[1::2]
     by_loops = [ask(model, exam, loops) for loops in range(1, setting.most + 1)]
     record: dict[str, Any] = {
         "losses": [loss for loss, _ in by_loops],
         "accuracies": [accuracy for _, accuracy in by_loops],
         "loss": by_loops[config.loops - 1][0],
     }
-    if name == PLAIN:
+    if cell.variant == PLAIN:
         record["chosen"] = _training_free(model, tries, exam, setting.loops)
     return record
 
@@ -277,7 +219,7 @@ def _best(record: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """Loss of one task against the plain model run as it was trained, in nats, paired by seed."""
+    """Losses against the plain model run as it was trained, in nats, paired by seed."""
 
     again: dict[int, Interval]
     """The plain model's middle applied 2, 3, ... times."""
@@ -285,22 +227,19 @@ class Compared:
     """The plain model looped where, how and as often as did best on other data."""
     trained: Interval
     """The model that was trained in loops, after as many."""
-    shared: Interval | None
+    shared: Interval
     """The same, with no more training than the plain model's operations paid for."""
 
 
-def _compared(results: Results, task: str) -> Compared:
+def _compared(results: Results) -> Compared:
     setting: Setting = results.setting
-    plain = _losses(results, f"{task} {PLAIN}", 1)
-    best = [_best(record)["loss"] for record in results.records[f"{task} {PLAIN}"].values()]
-    cheap = f"{task} {CHEAP}"
+    plain = _losses(results, PLAIN, 1)
+    best = [_best(record)["loss"] for record in results.records[PLAIN].values()]
     return Compared(
-        again={
-            loops: _less(_losses(results, f"{task} {PLAIN}", loops), plain) for loops in range(2, setting.loops + 1)
-        },
+        again={loops: _less(_losses(results, PLAIN, loops), plain) for loops in range(2, setting.loops + 1)},
         chosen=_less(best, plain),
-        trained=_less(_losses(results, f"{task} {LOOPED}", setting.loops), plain),
-        shared=_less(_losses(results, cheap, setting.loops), plain) if cheap in results.records else None,
+        trained=_less(_losses(results, LOOPED, setting.loops), plain),
+        shared=_less(_losses(results, CHEAP, setting.loops), plain),
     )
 
 
@@ -318,20 +257,16 @@ def _than(interval: Interval) -> str:
     return f"not surely different, {_signed(interval)} nats"
 
 
-def _verdict(setting: Setting, text: Compared, mano: Compared) -> str:
-    worse = all(interval.low > 0 for interval in text.again.values())
-    often = setting.loops
+def _verdict(setting: Setting, found: Compared) -> str:
+    worse = all(interval.low > 0 for interval in found.again.values())
     return (
         f"{'As published' if worse else 'Not as published'}, applying a plain model's middle again at inference "
         f"{'makes it worse' if worse else 'does not surely make it worse'}: "
-        + ", ".join(f"{_signed(interval)} nats at {loops} loops" for loops, interval in text.again.items())
-        + ". Damped steps in the window that did best on other text "
-        + ("help" if text.chosen.high < 0 else "do not help")
-        + f": {_than(text.chosen)}. The same parameters trained with {often} loops, against the plain model: "
-        f"{_than(text.trained)} on as many tokens"
-        + (f", {_than(text.shared)} on as many operations" if text.shared else "")
-        + f". Mano: looped at inference {_than(mano.again[often])} at {often} loops, trained in loops "
-        f"{_than(mano.trained)}."
+        + ", ".join(f"{_signed(interval)} nats at {loops} loops" for loops, interval in found.again.items())
+        + ". Looping where and how it did best on other text "
+        + ("helps" if found.chosen.high < 0 else "does not help")
+        + f": {_than(found.chosen)}. The same parameters trained with {setting.loops} loops, against the plain model: "
+        f"{_than(found.trained)} on as many tokens, {_than(found.shared)} on as many operations."
     )
 
 
@@ -339,53 +274,41 @@ def report(results: Results) -> Page:
     """Losses by loops at inference."""
     setting: Setting = results.setting
     loops = range(1, setting.most + 1)
-    text, mano = (_compared(results, task) for task in TASKS)
+    found = _compared(results)
     made = figure(x="loops at inference", y="loss on held-out text, nats", width=820)
-    for index, model in enumerate((PLAIN, LOOPED, CHEAP, ANY)):
-        seeds = [record["losses"] for record in results.records[f"text {model}"].values()]
-        add_line(made, list(loops), seeds, name=_named(setting, f"text {model}"), index=index)
+    for index, model in enumerate(VARIANTS):
+        seeds = [record["losses"] for record in results.records[model].values()]
+        add_line(made, list(loops), seeds, name=_named(setting, model), index=index)
     tried = range(2, setting.loops + 1)
     for index, way in enumerate(("damped", "anchored")):
-        seeds = [
-            [each["loss"] for each in record["chosen"][way]] for record in results.records[f"text {PLAIN}"].values()
-        ]
+        seeds = [[each["loss"] for each in record["chosen"][way]] for record in results.records[PLAIN].values()]
         add_line(made, list(tried), seeds, name=f"plain, {way}, window chosen", index=4 + index, dash="dot")
     return Page(
-        verdict=_verdict(setting, text, mano),
+        verdict=_verdict(setting, found),
         paper=PAPER,
-        tables=[
-            _losses_table(results, "text", "Loss on held-out text in nats, by loops at inference."),
-            _windows_table(results, "text"),
-            _losses_table(results, "Mano", "Loss of Mano's answers (exactly L operations) in nats, by loops."),
-            _accuracy_table(results),
-            _windows_table(results, "Mano"),
-        ],
+        tables=[_losses_table(results), _windows_table(results)],
         notes=NOTES,
         summary={
-            task: {
-                "again": {loops: vars(interval) for loops, interval in found.again.items()},
-                "chosen": vars(found.chosen),
-                "trained": vars(found.trained),
-                "same_operations": None if found.shared is None else vars(found.shared),
-            }
-            for task, found in (("text", text), ("Mano", mano))
+            "again": {loops: vars(interval) for loops, interval in found.again.items()},
+            "chosen": vars(found.chosen),
+            "trained": vars(found.trained),
+            "same_operations": vars(found.shared),
         },
         figure=made,
     )
 
 
 def _named(setting: Setting, variant: str) -> str:
-    task, model = _split(variant)
-    before, inside, after = setting.layers if task == "text" else setting.mano_layers
-    often = {PLAIN: "1", LOOPED: f"{setting.loops}", CHEAP: f"{setting.loops}", ANY: f"1..{setting.loops}"}[model]
-    few = f", {_steps(setting, variant)} steps" if model == CHEAP else ""
+    before, inside, after = setting.layers
+    often = {PLAIN: "1", LOOPED: f"{setting.loops}", CHEAP: f"{setting.loops}", ANY: f"1..{setting.loops}"}[variant]
+    few = f", {_steps(setting, variant)} steps" if variant == CHEAP else ""
     return f"trained as {before}+{inside}x{often}+{after}{few}"
 
 
-def _losses_table(results: Results, task: str, caption: str) -> Table:
+def _losses_table(results: Results) -> Table:
     setting: Setting = results.setting
     rows = []
-    for variant in (variant for variant in results.records if _split(variant)[0] == task):
+    for variant in VARIANTS:
         by_loops = [t_interval(_losses(results, variant, loops)) for loops in range(1, setting.most + 1)]
         rows.append(
             [
@@ -396,25 +319,13 @@ def _losses_table(results: Results, task: str, caption: str) -> Table:
             ]
         )
     head = ["model", "parameters", "steps", *(f"{loops}" for loops in range(1, setting.most + 1))]
-    return Table(head=head, rows=rows, caption=caption)
+    return Table(head=head, rows=rows, caption="Loss on held-out text in nats, by loops at inference.")
 
 
-def _accuracy_table(results: Results) -> Table:
-    setting: Setting = results.setting
-    rows = []
-    for variant in (variant for variant in results.records if _split(variant)[0] == "Mano"):
-        records = results.records[variant].values()
-        by_loops = [t_interval([r["accuracies"][loops] for r in records]) for loops in range(setting.most)]
-        rows.append([_named(setting, variant), *(interval.text(1, scale=100) for interval in by_loops)])
-    head = ["model", *(f"{loops}" for loops in range(1, setting.most + 1))]
-    return Table(head=head, rows=rows, caption="Mano's answers that are right, in percent.")
-
-
-def _windows_table(results: Results, task: str) -> Table:
+def _windows_table(results: Results) -> Table:
     """What training-free looping finds: the best window on other data, seed by seed."""
-    variant = f"{task} {PLAIN}"
-    plain = _losses(results, variant, 1)
-    records = list(results.records[variant].values())
+    plain = _losses(results, PLAIN, 1)
+    records = list(results.records[PLAIN].values())
     rows = []
     for way in WAYS:
         for index, each in enumerate(records[0]["chosen"][way]):
@@ -430,7 +341,7 @@ def _windows_table(results: Results, task: str) -> Table:
     return Table(
         head=["way", "loops", "window, by seed", "nats over the plain model"],
         rows=rows,
-        caption=f"The plain model of {task}, the window of layers that did best on other data looped.",
+        caption="The plain model, the window of layers that did best on other text looped.",
     )
 
 
@@ -440,17 +351,18 @@ def _layers(chosen: dict[str, Any]) -> str:
 
 
 PAPER = (
-    "Training-Free Looped Transformers (arXiv 2605.23872, abstract): applying a middle block of a frozen model again "
-    "usually degrades it; smaller, damped steps that together go about as far as one gain 2.64 points of MMLU-Pro on "
-    "Qwen3-4B-Instruct. ETD (arXiv 2510.07358), which does train: OLMo-2-1B +28.4% (relative) on GSM8K. A model "
-    "card of our shape (huggingface.co/brkdrd/simloop: 1+1x1+1, 10M parameters, 60M tokens of FineWeb, trained "
-    "unlooped) gives 4.397, 4.600, 4.941 and 5.266 nats at 1, 2, 3 and 4 loops: +0.203, +0.545, +0.869."
+    "Training-Free Looped Transformers (arXiv 2605.23872; we know its abstract and notes of others): applying a middle "
+    "block of a frozen model again usually degrades it; smaller, damped steps that together go about as far as one "
+    "gain 2.64 points of MMLU-Pro on Qwen3-4B-Instruct. ETD (arXiv 2510.07358), which does train: OLMo-2-1B +28.4% "
+    "relative on GSM8K. A model card of our shape (huggingface.co/brkdrd/simloop: 1+1x1+1, 10M parameters, 60M tokens "
+    "of FineWeb, trained unlooped) gives 4.397, 4.600, 4.941 and 5.266 nats at 1, 2, 3 and 4 loops: +0.203, +0.545, "
+    "+0.869."
 )
 NOTES = (
     "a+bxR+c is a layers, b layers in R loops, c layers; all have the same parameters and the same text in the same "
     "order. `1..R` draws the loops of each step, so every depth is trained. Ways to loop: naive s <- g(s), damped "
     "s <- s + (g(s) - s)/R, anchored the mean of the damped end and g(s) itself; every window of consecutive layers is "
-    "tried on one half of the held-out text (for Mano on other problems), and the losses are of the other half. "
+    "tried on one half of the held-out text, and the losses are of the other half. "
     "One learning rate for all. Our models are far from where real ones are trained to, and a task of loss is not the "
     "multiple choice on which the paper gains."
 )
@@ -459,9 +371,9 @@ EXPERIMENT = Experiment(
     title="A plain model looped at inference",
     question="A plain transformer is trained; then its middle block is applied 2, 3, ... times at inference. Does that "
     "help, and what does a model of the same parameters gain that was trained in loops, on as many tokens or on as "
-    "many operations? Asked on real text and on Mano (modular arithmetic in the head).",
+    "many operations? Asked on real text.",
     settings=SETTINGS,
-    variants=_variants,
+    variants=lambda setting: VARIANTS,
     measure=measure,
     report=report,
 )

@@ -86,8 +86,7 @@ def test_damped_and_anchored_steps(looped: ModuleType, model: LoopedLM) -> None:
 def test_the_loop_trained_model_on_fewer_steps_costs_what_the_plain_one_does(looped: ModuleType) -> None:
     setting = looped.SETTINGS["small"]
 
-    def cost(model: str) -> float:
-        variant = f"text {model}"
+    def cost(variant: str) -> float:
         return float(looped._steps(setting, variant) * looped._step_flops(setting, variant))
 
     assert cost(looped.CHEAP) == pytest.approx(cost(looped.PLAIN), rel=0.01)
