@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 # As `loopwise train` does, and for both sides; it counts only before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 from torch import Tensor

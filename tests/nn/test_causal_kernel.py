@@ -10,7 +10,8 @@ from torch import Tensor
 
 from loopwise.nn.attention import attend_dense
 from loopwise.nn.kernels import why_no_cpu_kernels
-from loopwise.nn.kernels.causal import causal_attention, load_causal_kernels
+from loopwise.nn.kernels.causal import causal_attention, load_causal_kernels, rotary_attention
+from loopwise.nn.rotary import Rotary, RotaryLayout, rotary_tables, rotate
 
 pytestmark = pytest.mark.skipif(load_causal_kernels() is None, reason=f"no CPU kernels: {why_no_cpu_kernels()}")
 
@@ -102,6 +103,46 @@ def test_gradients_are_differences() -> None:
     case = Case(2, 9, 4, 2, 3, (0, 1, 6))
     inputs = [x.detach().requires_grad_() for x in draw(case, torch.float64)[:3]]
     assert torch.autograd.gradcheck(lambda q, k, v: causal_attention(q, k, v, starts_of(case)), inputs)
+
+
+def turned(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Rotary]:
+    """A fused projection as a part of something wider, and the tables of some positions."""
+    q, k, v, _ = draw(case, dtype)
+    wide = torch.cat((q, k, v, v), dim=2)
+    positions = torch.arange(3, 3 + case.batch * case.tokens).view(case.batch, case.tokens)
+    return wide[:, :, : case.heads + 2 * case.kv_heads], rotary_tables(positions, case.width, 1e4, dtype)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.width % 2 == 0], ids=str)
+def test_rotating_within_equals_rotating_before(case: Case, layout: RotaryLayout) -> None:
+    (qkv, rotary), starts, grad = turned(case), starts_of(case), draw(case, torch.float64)[3]
+    leaf = qkv.detach().requires_grad_()
+    q, k, v = leaf.split((case.heads, case.kv_heads, case.kv_heads), dim=2)
+    before = causal_attention(rotate(q, rotary, layout), rotate(k, rotary, layout), v, starts)
+    within = rotary_attention(leaf, rotary, starts, kv_heads=case.kv_heads, layout=layout)
+    torch.testing.assert_close(within, before, rtol=1e-12, atol=1e-12)
+    found, expected = (torch.autograd.grad(out, leaf, grad)[0] for out in (within, before))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_gradients_through_rotations_are_differences(layout: RotaryLayout) -> None:
+    case = Case(2, 7, 4, 2, 4, (0, 1, 5))
+    qkv, rotary = turned(case)
+    leaf, starts = qkv.detach().requires_grad_(), starts_of(case)
+    assert torch.autograd.gradcheck(
+        lambda qkv: rotary_attention(qkv, rotary, starts, kv_heads=case.kv_heads, layout=layout), leaf
+    )
+
+
+def test_refuses_tables_of_other_shapes_and_dtypes() -> None:
+    case = Case(2, 7, 4, 2, 4, (0,))
+    (qkv, rotary), starts = turned(case), starts_of(case)
+    with pytest.raises(ValueError, match="do not fit"):
+        rotary_attention(qkv, Rotary(*(x[:, 1:] for x in rotary)), starts, kv_heads=2, layout="half")
+    with pytest.raises(ValueError, match="dtypes differ"):
+        rotary_attention(qkv, Rotary(*(x.float() for x in rotary)), starts, kv_heads=2, layout="half")
 
 
 def test_any_layout_of_heads() -> None:

@@ -40,9 +40,10 @@ def command(
     Words that are no dial of the preset are settings of the run (`optimizer.name=muon`, `device=cuda`). The same
     command, typed again, goes on from the newest checkpoint; so does `--resume FOLDER`. docs/training.md has the rest.
     """
-    # Read once, when torch is loaded: threads that wait for each other then sleep instead of spinning, see
-    # docs/training.md.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read once, when torch is loaded: how threads wait for each other, see docs/training.md.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
     from loopwise.train.config import TrainConfig
     from loopwise.train.run import train

@@ -24,6 +24,7 @@ from loopwise.nn.attention import Attention, CausalMemory, Memory, Plane
 from loopwise.nn.block import Block, Stack
 from loopwise.nn.gate import HazardGate
 from loopwise.nn.kernels.causal import has_causal_kernel
+from loopwise.nn.linear import WideLinear
 from loopwise.nn.mlp import GatedMLP
 from loopwise.nn.noise import truncated_normal
 from loopwise.nn.norms import RMSNorm
@@ -131,6 +132,9 @@ class LoopedLM(LoopModel):
         # all, the second model of a process would already run out of them.
         loop = LoopedLM._loop
         self._compiled = torch.compile(FunctionType(loop.__code__.replace(), loop.__globals__, loop.__name__))
+        for module in self.modules():
+            if isinstance(module, WideLinear) and module.weight.requires_grad:
+                module.turn_gradient()
 
     def encode(
         self,

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 
-from loopwise.nn.kernels.causal import DTYPES, causal_attention
+from loopwise.nn.kernels.causal import DTYPES, causal_attention, rotary_attention
+from loopwise.nn.linear import WideLinear
 from loopwise.nn.norms import RMSNorm
 from loopwise.nn.rotary import Rotary, RotaryLayout, rotate
 
@@ -105,7 +106,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
         self.rotary_layout: RotaryLayout = rotary
-        self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=False)
+        self.qkv = WideLinear(width, (heads + 2 * kv_heads) * head_width)
         self.out = nn.Linear(heads * head_width, width, bias=False)
         self.qk_bias = nn.Parameter(torch.zeros(heads + kv_heads, head_width)) if qk_bias else None
         # OLMo-2 normalises queries and keys over all heads together, before they are split.
@@ -113,15 +114,32 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(kv_heads * head_width, qk_norm_eps) if qk_norm_eps is not None else None
 
     def forward(self, x: Float[Tensor, "... width"], rotary: Rotary, plane: Plane) -> Float[Tensor, "... width"]:
-        groups = (self.heads * self.head_width, self.kv_heads * self.head_width, self.kv_heads * self.head_width)
-        q, k, v = self.qkv(x).split(groups, dim=-1)
+        qkv = self.qkv(x)
+        starts = self._starts(qkv, rotary, plane)
+        if starts is None:
+            answers = self._attend(qkv, rotary, plane)
+        else:
+            heads = qkv.unflatten(-1, (-1, self.head_width))
+            answers = rotary_attention(heads, rotary, starts, kv_heads=self.kv_heads, layout=self.rotary_layout)
+        out: Tensor = self.out(answers.flatten(-2))
+        return out
+
+    def _starts(self, qkv: Tensor, rotary: Rotary, plane: Plane) -> Tensor | None:
+        """Where documents begin, if one call may rotate and attend; else None."""
+        if not isinstance(plane, CausalMemory) or self.q_norm is not None or self.qk_bias is not None:
+            return None
+        fits = qkv.dtype in DTYPES and qkv.dtype == rotary.cos.dtype and rotary.cos.shape[:-1] == qkv.shape[:-1]
+        return plane.starts if fits else None
+
+    def _attend(self, qkv: Tensor, rotary: Rotary, plane: Plane) -> Tensor:
+        groups = [self.heads * self.head_width, self.kv_heads * self.head_width, self.kv_heads * self.head_width]
+        q, k, v = torch.split(qkv, groups, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = q.unflatten(-1, (self.heads, self.head_width))
-        k = k.unflatten(-1, (self.kv_heads, self.head_width))
-        v = v.unflatten(-1, (self.kv_heads, self.head_width))
+        q = torch.unflatten(q, -1, (self.heads, self.head_width))
+        k = torch.unflatten(k, -1, (self.kv_heads, self.head_width))
+        v = torch.unflatten(v, -1, (self.kv_heads, self.head_width))
         if self.qk_bias is not None:
             q, k = q + self.qk_bias[: self.heads], k + self.qk_bias[self.heads :]
         q, k = rotate(q, rotary, self.rotary_layout), rotate(k, rotary, self.rotary_layout)
-        out: Tensor = self.out(plane.attend(self.layer, q, k, v).flatten(-2))
-        return out
+        return plane.attend(self.layer, q, k, v)

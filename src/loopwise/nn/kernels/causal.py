@@ -17,6 +17,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from loopwise.nn.kernels.cpu import load_library
+from loopwise.nn.rotary import Rotary, RotaryLayout
 
 SOURCE = Path(__file__).with_name("causal.cpp")
 DTYPES = (torch.float32, torch.float64)
@@ -35,8 +36,9 @@ def load_causal_kernels() -> Kernels | None:
     kernels = {torch.float32: library.loopwise_causal_float32, torch.float64: library.loopwise_causal_float64}
     for kernel in kernels.values():
         kernel.argtypes = (
-            *(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p, ctypes.c_void_p),
-            *(ctypes.POINTER(ctypes.c_int64), ctypes.c_double, ctypes.c_int, ctypes.c_int),
+            ctypes.POINTER(ctypes.c_void_p),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
+            *(ctypes.POINTER(ctypes.c_int64), ctypes.c_double, ctypes.c_int, ctypes.c_int, ctypes.c_int),
         )
     return dict(kernels)
 
@@ -104,6 +106,94 @@ def _shapes_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def rotary_attention(
+    qkv: Float[Tensor, "batch tokens all_heads head_width"],
+    rotary: Rotary,
+    starts: Int32[Tensor, "batch tokens"],
+    *,
+    kv_heads: int,
+    layout: RotaryLayout,
+) -> Float[Tensor, "batch tokens heads head_width"]:
+    """`causal_attention` of one fused projection, queries and keys rotated on the way: see `nn.rotary.rotate`.
+
+    `qkv` holds the heads of queries, keys and values one after the other. Nothing is split, rotated or joined in
+    memory, neither forward nor backward. The tables take no gradient.
+
+    Raises:
+        ValueError: for shapes, dtypes or starts that do not fit.
+        RuntimeError: where `load_causal_kernels` returns None.
+    """
+    answers: Tensor = _rotary_forward(qkv, *rotary, starts, kv_heads, layout == "interleaved")[0]
+    return answers
+
+
+@torch.library.custom_op(
+    "loopwise::rotary_attention",
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor cos, Tensor sin, Tensor starts, int kv_heads, bool interleaved) -> (Tensor, Tensor)",
+)
+def _rotary_forward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor, kv_heads: int, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    out, lse = _shapes_rotary_forward(qkv, cos, sin, starts, kv_heads, interleaved)
+    _run((*_parts(qkv, kv_heads), out), lse, starts, Rotary(cos, sin), interleaved)
+    return out, lse
+
+
+@_rotary_forward.register_fake
+def _shapes_rotary_forward(
+    qkv: Tensor, cos: Tensor, sin: Tensor, starts: Tensor, kv_heads: int, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, all_heads, width = qkv.shape
+    heads = all_heads - 2 * kv_heads
+    return qkv.new_empty(batch, tokens, heads, width), qkv.new_empty(batch, heads, tokens)
+
+
+@torch.library.custom_op(
+    "loopwise::rotary_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor qkv, Tensor cos, Tensor sin, Tensor starts, int kv_heads, bool interleaved,"
+    " Tensor out, Tensor lse) -> Tensor",
+)
+def _rotary_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor,
+    kv_heads: int,
+    interleaved: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> Tensor:
+    grads = qkv.new_empty(qkv.shape)
+    tensors = (*_parts(qkv, kv_heads), out, grad, *_parts(grads, kv_heads))
+    _run(tensors, lse, starts, Rotary(cos, sin), interleaved)
+    return grads
+
+
+@_rotary_backward.register_fake
+def _(grad: Tensor, qkv: Tensor, *others: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _parts(qkv: Tensor, kv_heads: int) -> tuple[Tensor, ...]:
+    return torch.split(qkv, [qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+
+
+def _rotary_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.kv_heads, ctx.interleaved = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _rotary_give(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    return _rotary_backward(grad, *tensors, ctx.kv_heads, ctx.interleaved, out, lse), None, None, None, None, None
+
+
+_rotary_forward.register_autograd(_rotary_give, setup_context=_rotary_keep)
+
+
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:3], *output, inputs[3])
 
@@ -115,7 +205,13 @@ def _give(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_give, setup_context=_keep)
 
 
-def _run(tensors: tuple[Tensor, ...], lse: Tensor, starts: Tensor) -> None:
+def _run(
+    tensors: tuple[Tensor, ...],
+    lse: Tensor,
+    starts: Tensor,
+    rotary: Rotary | None = None,
+    interleaved: bool = False,
+) -> None:
     """Fill what comes after q, k and v: the answers alone, or from the answers and their gradient the three others."""
     kernels = load_causal_kernels()
     if kernels is None:
@@ -129,17 +225,22 @@ def _run(tensors: tuple[Tensor, ...], lse: Tensor, starts: Tensor) -> None:
             f"these do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, "
             f"starts {tuple(starts.shape)}"
         )
+    angles = () if rotary is None else (rotary.cos.contiguous(), rotary.sin.contiguous())
+    if any(table.shape != (batch, tokens, width // 2) or width % 2 for table in angles):
+        raise ValueError(f"tables of {[tuple(table.shape) for table in angles]} do not fit q {tuple(q.shape)}")
     # The kernel reads where it is told to: a number of another size would lie outside.
-    if starts.dtype != torch.int32 or any(x.dtype != q.dtype for x in (*tensors, lse)):
-        raise ValueError(f"dtypes differ: {', '.join(str(x.dtype) for x in (*tensors, lse, starts))}")
+    if starts.dtype != torch.int32 or any(x.dtype != q.dtype for x in (*tensors, *angles, lse)):
+        raise ValueError(f"dtypes differ: {', '.join(str(x.dtype) for x in (*tensors, *angles, lse, starts))}")
     laid = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
     starts = starts.contiguous()
     sound = kernels[q.dtype](
         _Data(*(x.data_ptr() for x in laid)),
+        *((table.data_ptr() for table in angles) if angles else (None, None)),
         lse.data_ptr(),
         starts.data_ptr(),
         _Sizes(batch, tokens, heads, kv_heads, width, *(step for x in laid for step in x.stride()[:3])),
         width**-0.5,
+        interleaved,
         torch.get_num_threads(),
         len(tensors) > 4,
     )

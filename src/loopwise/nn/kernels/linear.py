@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopwise.nn.kernels.cpu import load_cpu_kernels
+from loopwise.nn.linear import WideLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -78,7 +79,7 @@ def fast_twin(model: Model, few: int | None = FEW_ROWS) -> Model:
     twin = copy.deepcopy(model, shared)
     classes: dict[tuple[torch.Size, torch.dtype], list[nn.Linear]] = {}
     for module in twin.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear or type(module) is WideLinear:
             classes.setdefault((module.weight.shape, module.weight.dtype), []).append(module)
     for modules in classes.values():
         crossing = measure_few([module.weight for module in modules]) if few is None else few
