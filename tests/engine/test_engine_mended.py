@@ -33,7 +33,7 @@ def test_what_filling_rows_have_said_to_the_coda_survives_stepping_aside() -> No
     )
     engine = Engine(model, "per_loop", max_loops=4, speculate="off", prefix_cache=False)
     ticket = engine.submit(prompt, settings, replay=Replay(loops=loops))
-    scheduler, boundary = engine._core.scheduler, engine._memory.boundary
+    scheduler, boundary = engine._core.scheduler, engine._core.runner.memory.boundary
     assert boundary is not None
     aside = 0
     while engine.tick():
@@ -105,7 +105,7 @@ def test_what_would_fail_in_a_tick_is_refused_before(
 
 def drained(engine: Engine) -> list[int]:
     """Every free page of the core, taken away."""
-    pool = engine._memory.core
+    pool = engine._core.runner.memory.core
     return [pool.take() for _ in range(pool.free)]
 
 
@@ -169,7 +169,7 @@ def test_drafts_give_way_to_their_own_frontier() -> None:
     engine.tick()
     assert request.left[31:] == [3]
     for page in taken:
-        engine._memory.core.release(page)
+        engine._core.runner.memory.core.release(page)
     assert ticket.wait().tokens == wanted.tokens
     engine.check_idle()
 
@@ -200,11 +200,11 @@ def test_who_comes_back_in_the_middle_of_a_prompt_needs_room_for_the_rest() -> N
     assert snapshot is not None
     taken = drained(engine)
     for _ in range(snapshot.counts[0] + model.config.loops):
-        engine._memory.core.release(taken.pop())
+        engine._core.runner.memory.core.release(taken.pop())
     engine.tick()
     assert ticket._request.stage is Stage.WAITING
     for page in taken:
-        engine._memory.core.release(page)
+        engine._core.runner.memory.core.release(page)
     assert ticket.wait().tokens == wanted.tokens
 
 

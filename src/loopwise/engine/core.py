@@ -15,6 +15,7 @@ from loopwise.engine.choosing import choose_launched, choose_states, draw
 from loopwise.engine.counts import Counts
 from loopwise.engine.judge import Judge
 from loopwise.engine.plan import Plan
+from loopwise.engine.prompts import Prompts
 from loopwise.engine.request import Choice, Chunk, Request, Row, Stage
 from loopwise.engine.runner import Runner
 from loopwise.engine.scheduler import Scheduler
@@ -49,10 +50,10 @@ class Core:
         self.counts = Counts()
         self._memory = runner.memory
         self._policy = runner.memory.policy
-        self._identity = identity
         self._emit = emit
         self._done = done
         self.judge = Judge(runner)
+        self.prompts = Prompts(runner, prefix, identity=identity)
         self._window = 0
         self._has_coda = bool(len(runner.model.coda))
 
@@ -213,40 +214,15 @@ class Core:
                 self._leave_flight(request, row)
 
     def _end_chunks(self, chunks: Sequence[tuple[Request, Chunk]]) -> None:
-        for request, chunk in chunks:
-            if request.signals and chunk.state is not None and chunk.last == len(request.prompt) - 1:
-                signal = self.runner.model.signal(chunk.state[-1:], None)
-                chunk.signals += [] if signal is None else signal.tolist()
-        ended = [(request, chunk) for request, chunk in chunks if chunk.loop == request.max_loops]
-        if not ended:
-            return
-        self.runner.read_chunks(ended)
-        whole = []
-        for request, chunk in ended:
-            request.cursor, request.chunk = chunk.last + 1, None
-            if request.prompt_done:
-                request.left = [request.max_loops] * len(request.prompt)
-                whole.append((request, chunk))
+        whole = self.prompts.advance(chunks)
         if not whole:
             return
         logits = self.runner.prompt_logits([chunk for _, chunk in whole])
         choices = draw([(request, len(request.prompt) - 1) for request, _ in whole], logits)
         for (request, chunk), choice in zip(whole, choices, strict=True):
-            self._publish(request, len(request.prompt))
-            if self._policy.collapses and request.pages is not None:
-                self._memory.collapse(request.pages, len(request.prompt), request.max_loops)
-            if self._say(request, choice, request.max_loops, chunk.signals):
+            self.prompts.close(request)
+            if self._say(request, choice, request.left[-1], chunk.signals):
                 request.flight.append(Row(len(request.prompt), choice.token))
-
-    def _publish(self, request: Request, length: int) -> None:
-        # Weights that changed meanwhile have made pages that fit neither the old identity nor the new.
-        if (
-            self.prefix is not None
-            and request.pages is not None
-            and request.identity == (identity := self._identity(request))
-        ):
-            planes = self._memory.stores(request.max_loops, generated=False)
-            self.prefix.publish(request.pages, identity, request.tokens[:length], planes)
 
     def drop(self, request: Request, place: int) -> None:
         """Forget the rows of a request's flight from an index on, and the pages that only they needed."""
@@ -267,9 +243,7 @@ class Core:
         if request.pages is not None:
             pages = request.pages
             request.answer.kv_bytes = self._memory.held_bytes(pages)
-            settled = request.settled
-            if self._policy.shares_generated and all(loops == request.max_loops for loops in request.left[:settled]):
-                self._publish(request, settled)
+            self.prompts.end(request)
         self.drop(request, 0)
         self.scheduler.leave(request)
         self._done(request)

@@ -17,19 +17,18 @@ import weakref
 from collections.abc import Sequence
 from types import TracebackType
 
-from loopwise.engine.answer import Answer, Completion, Emission
+from loopwise.engine.admission import Admission
+from loopwise.engine.answer import Completion, Emission
 from loopwise.engine.core import Core
 from loopwise.engine.costs import measure_ticks
-from loopwise.engine.reference import check_sampling, encode_prompt
-from loopwise.engine.request import Replay, Request, Stage, check_replay
+from loopwise.engine.request import Replay, Request, Stage
 from loopwise.engine.runner import Runner, layout_of
-from loopwise.engine.sampling import Sampling, check_vocabulary
+from loopwise.engine.sampling import Sampling
 from loopwise.engine.scheduler import Scheduler
 from loopwise.engine.speculation import Speculation, Speculator, parse_speculation, saved_speculation
 from loopwise.engine.ticket import Ticket
 from loopwise.errors import ConfigError, InputError
 from loopwise.loops.drivers import check_loops
-from loopwise.loops.exits import ExitRule
 from loopwise.loops.planes import PlanePolicy, parse_policy
 from loopwise.memory.paged import PagedMemory
 from loopwise.memory.pages import parse_bytes
@@ -100,7 +99,7 @@ class Engine:
             layout, self.policy, planes=self.max_loops, budget=budget, seats=seats, device=model.embed.weight.device
         )
         self.budget = budget
-        self._memory = paged
+        self._admission = admission = Admission(model, paged, budget=budget, max_loops=self.max_loops)
         runner = Runner(model, paged)
         prefix = PrefixCache(paged) if prefix_cache and self.policy.chunk_invariant else None
         scheduler = Scheduler(
@@ -109,14 +108,14 @@ class Engine:
             seats=seats,
             chunk=chunk or config.max_positions,
             rows=rows,
-            identity=self._identity,
+            identity=admission.identity,
             drop=lambda request, place: self._core.drop(request, place),
         )
         speculator = None
         if drafting is not None and self.max_loops > 1:
             speculator = Speculator(drafting, lambda: measure_ticks(runner.model, seats), config.loops)
         self._core = Core(
-            runner, scheduler, prefix, speculator, identity=self._identity, emit=self._deliver, done=self._close
+            runner, scheduler, prefix, speculator, identity=admission.identity, emit=self._deliver, done=self._close
         )
         # Not kept alive by the engine: an answer that nobody can see any more ends (`Ticket.__del__`).
         self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
@@ -155,9 +154,11 @@ class Engine:
         if sampling.n != 1:
             raise ConfigError(f"n={sampling.n}: a ticket is one answer; submit with sample=0, 1, ..., or use generate")
         check_loops(self.model, sampling.max_loops or self.model.config.loops)
-        request = self._request(prompt, sampling, sample, replay)
-        request.signals, request.provisional = self._has_signal(signals), provisional
-        return self._open(request)
+        return self._open(
+            self._admission.request(
+                prompt, sampling, sample=sample, replay=replay, signals=signals, provisional=provisional
+            )
+        )
 
     def abort(self, ticket: Ticket) -> None:
         """End a request now; its completion keeps what there is, and says "abort"."""
@@ -166,7 +167,7 @@ class Engine:
     def kv_bytes(self, ticket: Ticket) -> int:
         """Bytes of keys and values that a request holds now, or held when it ended."""
         request = ticket._request
-        return request.answer.kv_bytes if request.pages is None else self._memory.held_bytes(request.pages)
+        return request.answer.kv_bytes if request.pages is None else self._core.runner.memory.held_bytes(request.pages)
 
     def leave(self, request: Request) -> None:
         """End a request that nobody waits for any more."""
@@ -179,62 +180,6 @@ class Engine:
         if self._failure is not None:
             ticket.close()  # the thread may have stopped before it could see this one
         return ticket
-
-    def _request(self, prompt: str | Sequence[int], sampling: Sampling, sample: int, replay: Replay | None) -> Request:
-        model = self.model
-        checked = check_sampling(model, sampling, policy="per_loop")
-        check_vocabulary(sampling, model.config.vocab_size)
-        if checked.max_loops > self.max_loops:
-            raise ConfigError(
-                f"max_loops={checked.max_loops}: this engine has planes for {self.max_loops} loops; "
-                f"make it with Engine(..., max_loops={checked.max_loops})"
-            )
-        ids = encode_prompt(model, prompt)
-        room = min(sampling.max_tokens, model.config.max_positions - len(ids))
-        self._check_room(len(ids), room, checked.max_loops)
-        check_replay(replay, room, checked.max_loops, model.config.vocab_size)
-        return Request(
-            prompt=ids,
-            sampling=sampling,
-            rule=checked.rule,
-            max_loops=checked.max_loops,
-            answer=Answer.of(model, ids, sampling, room=room, sample=sample),
-            replay=replay,
-            drafts=self._may_draft(checked.rule),
-        )
-
-    def _has_signal(self, wanted: bool) -> bool:
-        if wanted and self.model.facts.signal is None:
-            raise ConfigError("signals=True: this model has no gate, so there is no signal to note; leave it out")
-        return wanted
-
-    def _may_draft(self, rule: ExitRule) -> bool:
-        """Budgets need answers one after the other, and rules that read a coda need its final entries."""
-        return not ("allowance" in rule.needs or ("logits" in rule.needs and len(self.model.coda)))
-
-    def _check_room(self, prompt: int, answer: int, loops: int) -> None:
-        """Refuse a request whose keys and values would not fit if it were alone."""
-        layout, boundary = self._memory.layout, self._memory.boundary
-        begun, pages = -(-prompt // layout.page), -(-(prompt + answer - 1) // layout.page)
-        core = begun * len(self.policy.stored(loops, generated=False))
-        core += (pages - begun) * len(self.policy.stored(loops, generated=True))
-        if core > self._memory.core.pages or (boundary is not None and pages > boundary.pages):
-            stored = len(self.policy.stored(self.max_loops, generated=False))
-            groups = max(-(-core // stored), pages if boundary is not None else 0)
-            needed = groups * layout.group_bytes(stored)
-            raise InputError(
-                f"prompt and answer of {prompt + answer} tokens need up to {needed} bytes of keys and values, and this "
-                f"engine has {self.budget}; lower max_tokens, or make it with Engine(..., memory={needed})"
-            )
-
-    def _identity(self, request: Request) -> object:
-        """What changes the numbers of a prompt's pages, beside its tokens."""
-        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in self.model.parameters())
-        start = request.sampling.start
-        if start is None and self.model.facts.random_start:
-            start = self.model.config.start_seed
-        deep = bool(len(self.model.coda)) or self.policy.knows_depth
-        return str(self.policy), hash(weights), start, request.max_loops if deep else None
 
     # Driving
 
@@ -361,12 +306,10 @@ class Engine:
         for most in {one.max_loops or self.model.config.loops for one in settings}:
             check_loops(self.model, most)
         requests = [
-            self._request(prompt, one, sample, replay)
+            self._admission.request(prompt, one, sample=sample, replay=replay, signals=signals)
             for prompt, one, replay in zip(prompts, settings, followed, strict=True)
             for sample in range(one.n)
         ]
-        for request in requests:
-            request.signals = self._has_signal(signals)
         tickets = [self._open(request) for request in requests]
         if not progress:
             return [ticket.wait() for ticket in tickets]

@@ -90,7 +90,7 @@ class Scheduler:
 
     def _begin_after(self, request: Request, pages: PageList, found: int) -> None:
         """Go on after the positions whose pages another request has left."""
-        request.cursor = found
+        request.cursor, request.left = found, [request.max_loops] * found
         if found:
             for loop in range(0 if self.memory.boundary is not None else 1, request.max_loops + 1):
                 self.memory.write_at(pages, loop, 0, found - 1, generated=False)
