@@ -51,16 +51,16 @@ class Text:
     answer: tuple[int, ...]
 
 
-def passages(model: LoopedLM, count: int) -> list[Text]:
+def passages(model: LoopedLM, count: int, *, prompt: int = PROMPT, answer: int = ANSWER) -> list[Text]:
     """Passages from the middles of as many files, spread over the held-out part of Python's own library."""
     assert model.tokenizer is not None
     found: list[Text] = []
-    length = PROMPT + ANSWER
+    length = prompt + answer
     for text in Corpus("python").part("validation"):
         tokens = model.tokenizer.encode(text, add_special=False)
         if len(tokens) >= 3 * length:
             first = len(tokens) // 3
-            found.append(Text(tokens[first : first + PROMPT], tuple(tokens[first + PROMPT : first + length])))
+            found.append(Text(tokens[first : first + prompt], tuple(tokens[first + prompt : first + length])))
     return found if len(found) <= count else [found[place * len(found) // count] for place in range(count)]
 
 

@@ -103,6 +103,7 @@ SCHEMA = {
     "text": str,
     "tokens": list,
     "loops": list,
+    "prompt_loops": list,
     "logprobs": list,
     "mean_loops": float,
     "max_loops": int,

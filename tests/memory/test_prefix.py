@@ -39,7 +39,7 @@ def run(memory: PagedMemory, cache: PrefixCache, tokens: list[int], *, identity:
 
 def found(memory: PagedMemory, cache: PrefixCache, tokens: list[int], planes: list[int] = PLANES) -> int:
     pages = memory.open()
-    length = cache.find(pages, "", tokens, planes)
+    length = cache.find(pages, "", tokens, planes).length
     memory.close(pages)
     return length
 
@@ -53,7 +53,7 @@ def test_the_longest_known_beginning_is_found_whole_pages_only(memory: PagedMemo
     assert found(memory, cache, list(range(8)), [BOUNDARY, 1]) == 8
     assert found(memory, cache, list(range(8)), [BOUNDARY, 1, 2, 3]) == 0
     pages = memory.open()
-    assert cache.find(pages, "another", list(range(8)), PLANES) == 0
+    assert cache.find(pages, "another", list(range(8)), PLANES).length == 0
     memory.close(pages)
     cache.clear()
     assert (memory.core.free, memory.pool(BOUNDARY).free) == (20, 10)
@@ -102,7 +102,7 @@ def test_what_stands_behind_pages_in_use_can_be_freed(memory: PagedMemory, cache
     """The first page's plane 2 is the cache's alone, though the second page is wholly in use."""
     memory.close(run(memory, cache, list(range(4))))
     pages = memory.open()
-    assert cache.find(pages, "", list(range(4)), [BOUNDARY, 1]) == 4
+    assert cache.find(pages, "", list(range(4)), [BOUNDARY, 1]).length == 4
     for plane in (BOUNDARY, 1):
         memory.place(pages, plane, 1, memory.pool(plane).take())
     cache.publish(pages, "", list(range(8)), [BOUNDARY, 1])

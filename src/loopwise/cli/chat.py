@@ -197,7 +197,7 @@ class Session:
         from loopwise.loops.drivers import check_loops
 
         check_loops(self.model, config.max_loops or self.model.config.loops)
-        check_sampling(self.model, config, policy=config.policy)
+        check_sampling(self.model, config, policy=config.policy, prompt_depth=config.prompt_depth)
         self.config = config
 
     def _answer(self, text: str) -> None:
@@ -207,7 +207,8 @@ class Session:
         prompt, dropped = self._fit(messages)
         stop = (*self.config.stop, f"\n{_ROLES['user']}:") if self.plain else self.config.stop
         with loops_known():
-            generation = self._writer.stream(prompt, replace(self.config, stop=stop), policy=self.config.policy)
+            config = replace(self.config, stop=stop)
+            generation = self._writer.stream(prompt, config, policy=config.policy, prompt_depth=config.prompt_depth)
         if dropped:
             note(
                 f"the context of {self.model.config.max_positions:,} tokens is full: forgot the oldest {turns(dropped)}"

@@ -135,7 +135,9 @@ def answer(
     writer, answers = Writer(model), list[Answer]()
     for sample in range(config.n):
         with loops_known():
-            generation = writer.stream(prompt, config, policy=config.policy, sample=sample)
+            generation = writer.stream(
+                prompt, config, policy=config.policy, prompt_depth=config.prompt_depth, sample=sample
+            )
         if config.n > 1 and not quiet:
             typer.echo(f"{'' if sample == 0 else chr(10)}== {sample + 1} of {config.n}")
         if quiet:
@@ -176,6 +178,7 @@ def report(answer: Answer) -> dict[str, Any]:
         "text": done.text,
         "tokens": done.tokens,
         "loops": done.loops,
+        "prompt_loops": done.prompt_loops,
         "logprobs": done.logprobs,
         "mean_loops": done.mean_loops if done.tokens else None,
         "max_loops": answer.max_loops,
@@ -204,14 +207,14 @@ def measure(model: "LoopedLM", answer: Answer, config: "GenerateConfig") -> dict
         return None
     same = replace(config, max_tokens=len(done.tokens), ignore_eos=True, stop=())
     sides = {
-        "tokens_per_second": (Writer(model), same, answer.policy),
-        "full_depth_tokens_per_second": (Writer(model), replace(same, exit=None), "per_loop"),
+        "tokens_per_second": (Writer(model), same, answer.policy, config.prompt_depth),
+        "full_depth_tokens_per_second": (Writer(model), replace(same, exit=None), "per_loop", "full"),
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
     with loops_known():
         for _ in range(_ROUNDS):
-            for name, (writer, sampling, policy) in sides.items():
-                generation = writer.stream(done.prompt, sampling, policy=policy, sample=done.sample)
+            for name, (writer, sampling, policy, depth) in sides.items():
+                generation = writer.stream(done.prompt, sampling, policy=policy, prompt_depth=depth, sample=done.sample)
                 for _emission in generation:
                     pass
                 rates[name].append(generation.completion.tokens_per_second or 0.0)

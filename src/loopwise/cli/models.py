@@ -34,6 +34,8 @@ class TalkConfig(Sampling):
     policy: Literal["per_loop", "last_exited"] | None = None
     """What becomes of a token that stopped early: last_exited (it runs no further loop: work is saved; the default
     beside an exit rule) or per_loop (it runs on to fill its planes: as it was trained, no work saved)."""
+    prompt_depth: Literal["full", "exit"] = "full"
+    """How deep prompts are read: full (every loop) or exit (a prompt's tokens stop where the exit rule stops them)."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     """Number type of the weights; none keeps the checkpoint's."""
     device: str = "cpu"

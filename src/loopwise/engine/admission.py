@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from loopwise.engine.answer import Answer
+from loopwise.engine.depth import PromptDepth
 from loopwise.engine.reference import check_sampling, encode_prompt
 from loopwise.engine.request import Replay, Request, check_replay
 from loopwise.engine.sampling import Sampling, check_vocabulary
@@ -18,14 +19,18 @@ class Admission:
     Args:
         budget: bytes for keys and values, as they were asked for.
         max_loops: most loops that a request may ask for.
+        prompt_depth: whether prompts run every loop or obey the exit rule.
     """
 
-    def __init__(self, model: LoopedLM, memory: PagedMemory, *, budget: int, max_loops: int) -> None:
+    def __init__(
+        self, model: LoopedLM, memory: PagedMemory, *, budget: int, max_loops: int, prompt_depth: PromptDepth
+    ) -> None:
         self.budget = budget
         self._model = model
         self._memory = memory
         self._policy = memory.policy
         self._max_loops = max_loops
+        self._prompt_depth = prompt_depth
 
     def request(
         self,
@@ -45,7 +50,7 @@ class Admission:
         model = self._model
         if signals and model.facts.signal is None:
             raise ConfigError("signals=True: this model has no gate, so there is no signal to note; leave it out")
-        checked = check_sampling(model, sampling, policy="per_loop")
+        checked = check_sampling(model, sampling, policy="per_loop", prompt_depth=self._prompt_depth)
         check_vocabulary(sampling, model.config.vocab_size)
         if checked.max_loops > self._max_loops:
             raise ConfigError(
@@ -55,7 +60,11 @@ class Admission:
         ids = encode_prompt(model, prompt)
         room = min(sampling.max_tokens, model.config.max_positions - len(ids))
         self._check_room(len(ids), room, checked.max_loops)
-        check_replay(replay, room, checked.max_loops, model.config.vocab_size)
+        check_replay(
+            *(replay, room, checked.max_loops, model.config.vocab_size),
+            prompt=len(ids),
+            exits=self._prompt_depth == "exit",
+        )
         return Request(
             prompt=ids,
             sampling=sampling,
@@ -94,4 +103,8 @@ class Admission:
         if start is None and self._model.facts.random_start:
             start = self._model.config.start_seed
         deep = bool(len(self._model.coda)) or self._policy.knows_depth
-        return str(self._policy), hash(weights), start, request.max_loops if deep else None
+        numbers = (str(self._policy), hash(weights), start)
+        if self._prompt_depth == "full":
+            return *numbers, request.max_loops if deep else None
+        forced = None if request.replay is None else (request.replay.prompt_loops, request.replay.loops)
+        return *numbers, str(request.rule), request.sampling.min_loops, request.max_loops, forced

@@ -27,6 +27,8 @@ class Completion:
     """The likeliest tokens beside each one and their log-probabilities, where they were asked for."""
     signals: tuple[tuple[float, ...], ...] = ()
     """The model's signal (a hazard) after each loop of the row that emitted each token, where it was asked for."""
+    prompt_loops: tuple[int, ...] = ()
+    """Loops of each position of the prompt, where prompts obey the exit rule; the last is `loops[0]`."""
     finish_reason: str
     """"stop" (end of text or a stop string), "length" (max_tokens), "context" (no room left) or "abort" (nobody asked
     for more tokens)."""
@@ -94,6 +96,8 @@ class Answer:
         self.over = False
         """Whether no token follows."""
         self.reason = "abort"
+        self.prompt_loops: tuple[int, ...] = ()
+        """Loops of each position of the prompt, where prompts obey the exit rule."""
         self.kv_bytes = 0
         """Bytes of keys and values held at the end."""
         self._sampling = sampling
@@ -157,6 +161,7 @@ class Answer:
             logprobs=tuple(one.logprob for one in made),
             tops=tuple(one.tops for one in made),
             signals=tuple(one.signals for one in made),
+            prompt_loops=self.prompt_loops,
             finish_reason=self.reason,
             kv_bytes=self.kv_bytes,
             sample=self.sample,

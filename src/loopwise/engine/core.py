@@ -13,6 +13,7 @@ from torch import Tensor
 from loopwise.engine.answer import Emission
 from loopwise.engine.choosing import choose_launched, choose_states, draw
 from loopwise.engine.counts import Counts
+from loopwise.engine.depth import PromptDepth
 from loopwise.engine.judge import Judge
 from loopwise.engine.plan import Plan
 from loopwise.engine.prompts import Prompts
@@ -39,6 +40,7 @@ class Core:
         prefix: PrefixCache | None,
         speculator: Speculator | None,
         *,
+        depth: PromptDepth,
         identity: Callable[[Request], object],
         emit: Callable[[Request, list[Emission]], None],
         done: Callable[[Request], None],
@@ -53,7 +55,7 @@ class Core:
         self._emit = emit
         self._done = done
         self.judge = Judge(runner)
-        self.prompts = Prompts(runner, prefix, identity=identity)
+        self.prompts = Prompts(runner, prefix, depth=depth, identity=identity)
         self._window = 0
         self._has_coda = bool(len(runner.model.coda))
 

@@ -21,6 +21,7 @@ from loopwise.engine.admission import Admission
 from loopwise.engine.answer import Completion, Emission
 from loopwise.engine.core import Core
 from loopwise.engine.costs import measure_ticks
+from loopwise.engine.depth import check_prompt_depth
 from loopwise.engine.request import Replay, Request, Stage
 from loopwise.engine.runner import Runner, layout_of
 from loopwise.engine.sampling import Sampling
@@ -50,6 +51,8 @@ class Engine:
         seats: requests that may run at once.
         rows: rows of one tick at most.
         max_loops: most loops that a request may ask for; None means what the model was trained with.
+        prompt_depth: "full" (prompts run every loop) or "exit" (a prompt's positions stop where the request's rule
+            stops them; `engine/depth.py` says what that changes).
 
     Raises:
         ConfigError: an option that is not allowed, two that exclude each other, or a model that is no language model.
@@ -67,6 +70,7 @@ class Engine:
         seats: int = 64,
         rows: int = 1024,
         max_loops: int | None = None,
+        prompt_depth: str = "full",
     ) -> None:
         need_language_model(
             model, instead="to ask it, type: loopwise.run_until(model, model.encode(inputs), rule, max_loops=...)"
@@ -93,13 +97,21 @@ class Engine:
                 f"speculate={speculate!r}: under policy={self.policy} a position waits for the one before it; "
                 'type speculate="off", or policy="per_loop" or "last_exited"'
             )
+        self.prompt_depth = check_prompt_depth(prompt_depth)
+        if self.prompt_depth == "exit" and not self.policy.speculates:
+            raise ConfigError(
+                f"prompt_depth='exit': under policy={self.policy} later loops of a position change what others have "
+                "read of it; type prompt_depth='full', or policy='last_exited' or 'per_loop'"
+            )
         layout = layout_of(model)
         budget = parse_bytes(memory)
         paged = PagedMemory(
             layout, self.policy, planes=self.max_loops, budget=budget, seats=seats, device=model.embed.weight.device
         )
         self.budget = budget
-        self._admission = admission = Admission(model, paged, budget=budget, max_loops=self.max_loops)
+        self._admission = admission = Admission(
+            model, paged, budget=budget, max_loops=self.max_loops, prompt_depth=self.prompt_depth
+        )
         runner = Runner(model, paged)
         prefix = PrefixCache(paged) if prefix_cache and self.policy.chunk_invariant else None
         scheduler = Scheduler(
@@ -115,7 +127,11 @@ class Engine:
         if drafting is not None and self.max_loops > 1:
             speculator = Speculator(drafting, lambda: measure_ticks(runner.model, seats), config.loops)
         self._core = Core(
-            runner, scheduler, prefix, speculator, identity=admission.identity, emit=self._deliver, done=self._close
+            *(runner, scheduler, prefix, speculator),
+            depth=self.prompt_depth,
+            identity=admission.identity,
+            emit=self._deliver,
+            done=self._close,
         )
         # Not kept alive by the engine: an answer that nobody can see any more ends (`Ticket.__del__`).
         self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()

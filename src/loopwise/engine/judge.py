@@ -13,9 +13,9 @@ from loopwise.loops.exits import ExitRule, Fixed, Hazard, Observation, Tracker
 from loopwise.loops.hazard import widen
 
 
-def planned_exit(request: Request, row: Row) -> int | None:
+def planned_exit(request: Request, position: int) -> int | None:
     """The loop after which a row stops, where that is known before it runs; the device need not be asked then."""
-    forced = request.forced_loops(row.position)
+    forced = request.forced_loops(position)
     if forced is not None:
         return forced
     if isinstance(request.rule, Fixed):
@@ -164,7 +164,7 @@ class Judge:
         for request, row in rows:
             if row.left:
                 continue
-            planned = planned_exit(request, row)
+            planned = planned_exit(request, row.position)
             if row.loop >= (request.max_loops if planned is None else planned):
                 stopped.append((request, row))
             elif planned is None:

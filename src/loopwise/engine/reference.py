@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopwise.engine.answer import Answer, Completion, Emission
+from loopwise.engine.depth import PromptDepth, check_prompt_depth, check_rule_in_prompts
 from loopwise.engine.sampling import Sampling, choose, likeliest, log_probability
 from loopwise.errors import ConfigError, InputError
 from loopwise.loops.drivers import bind_rule, check_loops
@@ -36,6 +37,9 @@ class _Sequence:
     positions: Int[Tensor, " capacity"]
     rotary: Rotary
     """Tables of all positions that there is room for."""
+    prompt_depth: PromptDepth = "full"
+    prompt_loops: list[int] = field(default_factory=list)
+    """Loops of each prompt position, where prompts obey the exit rule."""
     spent: int = 0
     """Loops run by generated rows, for budget rules."""
     rows: int = 0
@@ -52,18 +56,32 @@ class _Sequence:
             memory=self.memory,
         )
 
-    def prefill(self, prompt: Sequence[int]) -> Float[Tensor, " vocab"]:
-        """Prompt rows run every loop, in lock-step; the readout of the last one."""
+    def prefill(self, prompt: Sequence[int]) -> tuple[Float[Tensor, " vocab"], int]:
+        """The readout of the prompt's last row, and the loops that it ran."""
+        if self.prompt_depth == "exit":
+            for position, token in enumerate(prompt):
+                hidden, loop = self.run(token, position)
+                self.prompt_loops.append(loop)
+            return self._head(hidden), loop
+        # Every loop, in lock-step.
         context = self.encode(torch.tensor(prompt, device=self.positions.device), 0)
         state = self.model.initial_state(context, self.sampling.start)
         for loop in range(1, self.max_loops + 1):
             state = self.model.step(state, context, loop)
         # The whole prompt goes through the coda, which keeps keys and values too; only one row needs the head.
         hidden = self.model.read(state, context)
+        return self._head(hidden), self.max_loops
+
+    def _head(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, " vocab"]:
         return torch.nn.functional.linear(hidden[-1], self.model.head_weight)
 
     def decode(self, token: int, position: int) -> tuple[Float[Tensor, " vocab"], int]:
         """One generated row: its readout at the loop where the rule stops it, and that loop."""
+        hidden, loop = self.run(token, position)
+        return self._head(hidden), loop
+
+    def run(self, token: int, position: int) -> tuple[Float[Tensor, "1 width"], int]:
+        """One row: what the head is to read, from the loop where the rule stops it, and that loop."""
         model, rule = self.model, self.rule
         context = self.encode(torch.full((1,), token, device=self.positions.device), position)
         state = model.initial_state(context, self.sampling.start)
@@ -86,13 +104,13 @@ class _Sequence:
             if bool(tracker.update(observation)) and exit_loop >= self.sampling.min_loops:
                 break
         # The coda keeps keys and values too: a position's last readout is that of its exit.
-        logits = model.readout(state, context)[0]
+        hidden = model.read(state, context)
         if self.policy == "per_loop":
             for loop in range(exit_loop + 1, self.max_loops + 1):
                 state = model.step(state, context, loop)
         else:
             self.memory.settle(position, exit_loop)
-        return logits, exit_loop
+        return hidden, exit_loop
 
     def _allowance(self, device: torch.device) -> Tensor | None:
         if not isinstance(self.rule, Budget):
@@ -130,7 +148,8 @@ class Generation:
         if made:
             logits, loop = sequence.decode(tokens[-1], len(tokens) - 1)
         else:
-            logits, loop = sequence.prefill(self.prompt), self.max_loops
+            logits, loop = sequence.prefill(self.prompt)
+            self._answer.prompt_loops = tuple(sequence.prompt_loops)
         token = choose(logits, sequence.sampling, position=len(tokens), sample=self._answer.sample, seen=tokens)
         emission = Emission(
             token=token,
@@ -163,6 +182,7 @@ def stream(
     sampling: Sampling | None = None,
     *,
     policy: str | None = None,
+    prompt_depth: str = "full",
     sample: int = 0,
 ) -> Generation:
     """Answer one prompt token by token; see `generate` for the arguments and errors.
@@ -172,7 +192,8 @@ def stream(
     """
     sampling = sampling or Sampling()
     check_loops(model, sampling.max_loops or model.config.loops)
-    return _begin(model, encode_prompt(model, prompt), sampling, policy, sample)
+    checked = check_sampling(model, sampling, policy=policy, prompt_depth=prompt_depth)
+    return _begin(model, encode_prompt(model, prompt), sampling, checked, sample)
 
 
 def generate(
@@ -181,6 +202,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     policy: str | None = None,
+    prompt_depth: str = "full",
     watch: Callable[[Emission], None] | None = None,
 ) -> list[Completion]:
     """Answer prompts one after the other; several answers (`sampling.n`) to one prompt stand side by side.
@@ -189,6 +211,7 @@ def generate(
         prompts: texts, or token ids.
         policy: "per_loop" (stopped tokens fill their remaining planes: the authors' numbers) or "last_exited"
             (they do not: work is saved). None takes "last_exited" when there is an exit rule.
+        prompt_depth: "full" (prompts run every loop) or "exit" (a prompt's positions stop where the rule stops them).
         watch: called with each token as it leaves.
 
     Raises:
@@ -201,10 +224,11 @@ def generate(
     )
     sampling = sampling or Sampling()
     check_loops(model, sampling.max_loops or model.config.loops)
+    checked = check_sampling(model, sampling, policy=policy, prompt_depth=prompt_depth)
     done: list[Completion] = []
     for ids in [encode_prompt(model, prompt) for prompt in prompts]:
         for sample in range(sampling.n):
-            generation = _begin(model, ids, sampling, policy, sample)
+            generation = _begin(model, ids, sampling, checked, sample)
             for emission in generation:
                 if watch is not None:
                     watch(emission)
@@ -219,9 +243,12 @@ class Checked:
     rule: ExitRule
     policy: DensePolicy
     max_loops: int
+    prompt_depth: PromptDepth
 
 
-def check_sampling(model: LoopedLM, sampling: Sampling, *, policy: str | None = None) -> Checked:
+def check_sampling(
+    model: LoopedLM, sampling: Sampling, *, policy: str | None = None, prompt_depth: str = "full"
+) -> Checked:
     """See whether this model can serve these settings; nothing is run.
 
     Raises:
@@ -234,15 +261,19 @@ def check_sampling(model: LoopedLM, sampling: Sampling, *, policy: str | None = 
         raise InputError(f"stop={sampling.stop} is text, but this checkpoint has no tokenizer.json; leave it out")
     if isinstance(sampling.start, int) and model.config.start != "normal":
         raise ConfigError(f'start={sampling.start}: this model starts from {model.config.start}; allowed is "zero"')
+    rule = bind_rule(model, sampling.exit or f"fixed:{max_loops}", sequential=True)
+    depth = check_prompt_depth(prompt_depth)
+    if depth == "exit":
+        check_rule_in_prompts(model, rule)
     return Checked(
-        rule=bind_rule(model, sampling.exit or f"fixed:{max_loops}", sequential=True),
+        rule=rule,
         policy=check_policy(policy or ("last_exited" if sampling.exit else "per_loop")),
         max_loops=max_loops,
+        prompt_depth=depth,
     )
 
 
-def _begin(model: LoopedLM, prompt: tuple[int, ...], sampling: Sampling, policy: str | None, sample: int) -> Generation:
-    checked = check_sampling(model, sampling, policy=policy)
+def _begin(model: LoopedLM, prompt: tuple[int, ...], sampling: Sampling, checked: Checked, sample: int) -> Generation:
     room = min(sampling.max_tokens, model.config.max_positions - len(prompt))
     capacity = len(prompt) + room
     memory = DenseMemory(loops=checked.max_loops, capacity=capacity)
@@ -256,6 +287,7 @@ def _begin(model: LoopedLM, prompt: tuple[int, ...], sampling: Sampling, policy:
         memory,
         positions,
         model.rotary(positions),
+        checked.prompt_depth,
     )
     return Generation(sequence, Answer.of(model, prompt, sampling, room=room, sample=sample))
 

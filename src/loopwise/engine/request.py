@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopwise.engine.answer import Answer
 from loopwise.engine.sampling import Sampling
 from loopwise.errors import InputError
-from loopwise.loops.exits import Budget, ExitRule
+from loopwise.loops.exits import Budget, ExitRule, Tracker
 from loopwise.memory.paged import PageList
 from loopwise.memory.snapshot import Snapshot
 
@@ -36,6 +37,8 @@ class Replay:
     """Token ids to emit, whatever the model would have chosen."""
     loops: tuple[int, ...] | None = None
     """Loops of the row that emits each token; the first is the prompt's own number."""
+    prompt_loops: tuple[int, ...] | None = None
+    """Loops of each prompt position, where prompts obey the exit rule; the last is the first of `loops`."""
 
 
 class Choice(NamedTuple):
@@ -86,13 +89,39 @@ class Chunk:
     loop: int = 0
     state: Float[Tensor, "rows width"] | None = None
     """None until embeddings and prelude have run."""
+    before: Float[Tensor, "rows width"] | None = None
+    """The state before the loop that has run last."""
     injected: Float[Tensor, "rows width"] | None = None
     signals: list[float] = field(default_factory=list)
     """The model's signal at the last position after each loop, where it was asked for."""
+    positions: Int[np.ndarray, " rows"] = field(init=False)
+    """Those that still run."""
+    exits: "Exits | None" = None
+    """Who has stopped, where prompts obey the exit rule."""
+
+    def __post_init__(self) -> None:
+        self.positions = np.arange(self.first, self.last + 1)
 
     @property
     def rows(self) -> int:
-        return self.last - self.first + 1
+        """How many run."""
+        return len(self.positions)
+
+
+@dataclass(slots=True, eq=False)
+class Exits:
+    """Which of a chunk's positions have stopped, counted from the chunk's first."""
+
+    left: Int[np.ndarray, " chunk"]
+    """The loop after which each stopped; 0 while that is open."""
+    open: Int[np.ndarray, " open"]
+    """Those that have not."""
+    state: Float[Tensor, "chunk width"]
+    """The state at which each stopped."""
+    tracker: Tracker | None
+    """The rule's memory of those that have not; None where the loops are known beforehand."""
+    planned: Int[np.ndarray, " chunk"]
+    """The loop after which each is to stop, where that is known; the most loops otherwise."""
 
 
 class Stage(Enum):
@@ -172,6 +201,8 @@ class Request:
         """Loops that the recorded answer gives the row at this position."""
         if self.replay is None or self.replay.loops is None:
             return None
+        if position < len(self.prompt):
+            return None if self.replay.prompt_loops is None else self.replay.prompt_loops[position]
         return self.replay.loops[position - len(self.prompt) + 1]
 
     def forced_token(self, position: int) -> int | None:
@@ -189,8 +220,14 @@ class Request:
         return self.rule.mean * begun - spent
 
 
-def check_replay(replay: Replay | None, room: int, max_loops: int, vocab_size: int) -> None:
+def check_replay(
+    replay: Replay | None, room: int, max_loops: int, vocab_size: int, *, prompt: int, exits: bool
+) -> None:
     """Refuse a recording that does not fit the request.
+
+    Args:
+        prompt: how many tokens the prompt has.
+        exits: whether its positions obey the exit rule.
 
     Raises:
         InputError: too few tokens or loops, or some out of range.
@@ -202,7 +239,19 @@ def check_replay(replay: Replay | None, room: int, max_loops: int, vocab_size: i
             raise InputError(f"replay has {len(numbers)} {name}, the answer may have {room} tokens; give as many")
     if replay.tokens is not None and not all(0 <= token < vocab_size for token in replay.tokens):
         raise InputError(f"replay.tokens hold an id outside the vocabulary; ids run from 0 to {vocab_size - 1}")
-    if replay.loops is not None and not all(1 <= loops <= max_loops for loops in replay.loops):
+    for name, numbers in (("loops", replay.loops), ("prompt_loops", replay.prompt_loops)):
+        if numbers and not 1 <= min(numbers) <= max(numbers) <= max_loops:
+            raise InputError(f"replay.{name} run from {min(numbers)} to {max(numbers)}; allowed are 1 to {max_loops}")
+    if (replay.prompt_loops is not None) != (exits and replay.loops is not None):
         raise InputError(
-            f"replay.loops run from {min(replay.loops)} to {max(replay.loops)}; allowed are 1 to {max_loops}"
+            "replay.prompt_loops goes with replay.loops where prompts obey the exit rule; give it there "
+            '(Engine(..., prompt_depth="exit")) and leave it out elsewhere'
         )
+    if replay.prompt_loops is not None and replay.loops is not None:
+        told = (len(replay.prompt_loops), replay.prompt_loops[-1:])
+        if told != (prompt, replay.loops[:1]):
+            raise InputError(
+                f"replay.prompt_loops has {told[0]} numbers for a prompt of {prompt} tokens and ends with "
+                f"{list(told[1])}, replay.loops begins with {list(replay.loops[:1])}; give one for each prompt token, "
+                "the last being the first of replay.loops"
+            )

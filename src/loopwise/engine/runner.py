@@ -181,7 +181,7 @@ class Runner:
             row.launched = number
         first = count
         for _, chunk in chunks:
-            chunk.state = new[first : first + chunk.rows]
+            chunk.before, chunk.state = chunk.state, new[first : first + chunk.rows]
             chunk.loop += 1
             first += chunk.rows
         return whole[:count], new[:count]
@@ -279,12 +279,14 @@ def _columns(
     columns = [np.array(seats, dtype=np.int64), np.array(loops, dtype=np.int64), np.array(positions, dtype=np.int64)]
     if not chunks:
         return columns[0], columns[1], columns[2]
-    for request, chunk in chunks:
-        seat = -1 if request.pages is None else request.pages.seat
-        columns[0] = np.concatenate([columns[0], np.full(chunk.rows, seat)])
-        columns[1] = np.concatenate([columns[1], np.full(chunk.rows, BOUNDARY if boundary else chunk.loop + 1)])
-        columns[2] = np.concatenate([columns[2], np.arange(chunk.first, chunk.last + 1)])
-    return columns[0], columns[1], columns[2]
+    counts = [chunk.rows for _, chunk in chunks]
+    owners = [-1 if request.pages is None else request.pages.seat for request, _ in chunks]
+    depths = [BOUNDARY if boundary else chunk.loop + 1 for _, chunk in chunks]
+    return (
+        np.concatenate([columns[0], np.repeat(owners, counts)]),
+        np.concatenate([columns[1], np.repeat(depths, counts)]),
+        np.concatenate([columns[2], *(chunk.positions for _, chunk in chunks)]),
+    )
 
 
 def layout_of(model: LoopedLM) -> Layout:

@@ -7,10 +7,12 @@ does loop r in the same launch: then the planes it reads are written. Without th
 from collections import deque
 from collections.abc import Callable, Set
 
+import numpy as np
+
 from loopwise.engine.plan import Plan
 from loopwise.engine.request import Chunk, Request, Row, Stage
 from loopwise.memory.paged import BOUNDARY, PagedMemory, PageList, take_pages
-from loopwise.memory.prefix import PrefixCache
+from loopwise.memory.prefix import Beginning, PrefixCache
 from loopwise.memory.snapshot import restore_pages, save_pages
 
 
@@ -61,14 +63,14 @@ class Scheduler:
         if self._room(request) == self._refused:
             return False  # nothing has changed since it was looked at
         pages = self.memory.open()
-        found = 0
+        found = Beginning(0, ())
         if request.snapshot is None and self.prefix is not None:
             # Before room is made: what it will share needs none, and held by it, the cache does not give it up.
             request.identity = self._identity(request)
             planes = self.memory.stores(request.max_loops, generated=False)
             # The last token is computed in any case: its prediction is the answer's first token.
             found = self.prefix.find(pages, request.identity, request.prompt[:-1], planes)
-        if not self._has_room(request, found):
+        if not self._has_room(request, found.length):
             self.memory.close(pages)
             self._refused = self._room(request)
             return False
@@ -76,7 +78,7 @@ class Scheduler:
             restore_pages(self.memory, pages, request.snapshot)
             request.snapshot = None
         elif self.prefix is not None:
-            self.prefix.count(asked=len(request.prompt) - 1, found=found)
+            self.prefix.count(asked=len(request.prompt) - 1, found=found.length)
             self._begin_after(request, pages, found)
         request.stage, request.pages = Stage.RUNNING, pages
         self.running.append(request)
@@ -88,12 +90,22 @@ class Scheduler:
         pools = [pool.free for pool in (self.memory.core, self.memory.boundary) if pool is not None]
         return (request.number, len(self.running), *pools)
 
-    def _begin_after(self, request: Request, pages: PageList, found: int) -> None:
+    def _begin_after(self, request: Request, pages: PageList, found: Beginning) -> None:
         """Go on after the positions whose pages another request has left."""
-        request.cursor, request.left = found, [request.max_loops] * found
-        if found:
-            for loop in range(0 if self.memory.boundary is not None else 1, request.max_loops + 1):
-                self.memory.write_at(pages, loop, 0, found - 1, generated=False)
+        length, first = found.length, 0 if self.memory.boundary is not None else 1
+        request.cursor, request.left = length, [*found.left] or [request.max_loops] * length
+        if not length:
+            return
+        if not found.left or self.memory.policy.fills:
+            for loop in range(first, request.max_loops + 1):
+                self.memory.write_at(pages, loop, 0, length - 1, generated=False)
+            return
+        size, left = self.memory.layout.page, np.array(found.left)
+        for start in range(0, length, size):
+            for loop in range(first, int(left[start : start + size].max()) + 1):
+                self.memory.write_at(pages, loop, start, start + size - 1, generated=False)
+        for loop in range(1, request.max_loops + 1):
+            self.memory.settle_many(pages, np.flatnonzero(left == loop), loop)
 
     def _has_room(self, request: Request, found: int) -> bool:
         """Whether there are pages for a request whose first `found` positions it shares, without driving out others."""
@@ -223,6 +235,9 @@ class Scheduler:
         size = {"chunks": min(remaining, room), "lockstep": remaining, "per_position": 1}[self.memory.policy.prefill]
         # A prompt that may not be cut has to run even if it is longer than the budget: then no other runs beside it.
         if size < 1 or (size > room and plan.chunks):
+            return
+        # Room that comes free bit by bit, where prompt rows stop, would cut prompts into ever smaller pieces.
+        if plan.chunks and size < min(remaining, self._chunk // 4):
             return
         chunk = Chunk(request.cursor, request.cursor + size - 1)
         if self._give_chunk_pages(plan, request, chunk):

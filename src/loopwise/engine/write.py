@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from loopwise.engine import reference
 from loopwise.engine.answer import Completion, Emission
+from loopwise.engine.depth import PromptDepth
 from loopwise.engine.engine import Engine
 from loopwise.engine.reference import Checked, check_sampling, encode_prompt
 from loopwise.engine.runner import layout_of
@@ -73,6 +74,7 @@ class Writer:
         sampling: Sampling | None = None,
         *,
         policy: str | None = None,
+        prompt_depth: str = "full",
         sample: int = 0,
     ) -> Writing:
         """Answer a prompt token by token; see `generate` for the arguments and errors.
@@ -82,10 +84,10 @@ class Writer:
         """
         model, sampling = self.model, replace(sampling or Sampling(), n=1)
         check_loops(model, sampling.max_loops or model.config.loops)
-        checked = check_sampling(model, sampling, policy=policy)
+        checked = check_sampling(model, sampling, policy=policy, prompt_depth=prompt_depth)
         ids = encode_prompt(model, prompt)
         if not engine_pays(model, answers=1):
-            return reference.stream(model, ids, sampling, policy=policy, sample=sample)
+            return reference.stream(model, ids, sampling, policy=policy, prompt_depth=prompt_depth, sample=sample)
         engine = self._engine_for(checked, parse_policy(checked.policy), len(ids), sampling.max_tokens)
         return _EngineWriting(engine, engine.submit(ids, sampling, sample=sample), checked)
 
@@ -94,10 +96,19 @@ class Writer:
         engine = self._engine
         loops = checked.max_loops if engine is None else max(checked.max_loops, engine.max_loops)
         needed = _bytes_for(self.model, policy, loops, [prompt + answer])
-        fits = engine is not None and (engine.policy, engine.max_loops) == (policy, loops) and engine.budget >= needed
+        wanted = (policy, loops, checked.prompt_depth)
+        fits = engine is not None and (engine.policy, engine.max_loops, engine.prompt_depth) == wanted
+        fits = fits and engine is not None and engine.budget >= needed
         if engine is None or not fits or engine.failed:
             # Twice of it: the next turn of a conversation is longer.
-            engine = _engine(self.model, policy, loops, memory=2 * needed, seats=1, shares=True, tokens=answer)
+            engine = _engine(
+                *(self.model, policy, loops),
+                memory=2 * needed,
+                seats=1,
+                shares=True,
+                tokens=answer,
+                prompt_depth=checked.prompt_depth,
+            )
             self._engine = engine
         return engine
 
@@ -149,6 +160,7 @@ def generate(
     sampling: Sampling | None = None,
     *,
     policy: str | None = None,
+    prompt_depth: str = "full",
     watch: Callable[[Emission], None] | None = None,
 ) -> list[Completion]:
     """Answer prompts, all of them together; several answers (`sampling.n`) to one prompt stand side by side.
@@ -157,6 +169,7 @@ def generate(
         prompts: texts, or token ids.
         policy: "per_loop" (stopped tokens fill their remaining planes: the authors' numbers) or "last_exited"
             (they do not: work is saved). None takes "last_exited" when there is an exit rule.
+        prompt_depth: "full" (prompts run every loop) or "exit" (a prompt's positions stop where the rule stops them).
         watch: called with each token, answer by answer, in order.
 
     Raises:
@@ -167,13 +180,13 @@ def generate(
     if isinstance(prompts, str):
         raise InputError("prompts is one text; give a list of them: generate(model, [text])")
     sampling = sampling or Sampling()
-    checked = check_sampling(model, sampling, policy=policy)
+    checked = check_sampling(model, sampling, policy=policy, prompt_depth=prompt_depth)
     ids = [encode_prompt(model, prompt) for prompt in prompts]
     answers = len(ids) * sampling.n
     if not answers:
         return []
     if not engine_pays(model, answers=answers):
-        return reference.generate(model, ids, sampling, policy=policy, watch=watch)
+        return reference.generate(model, ids, sampling, policy=policy, prompt_depth=prompt_depth, watch=watch)
     check_loops(model, checked.max_loops)
     planes = parse_policy(checked.policy)
     lengths = [len(prompt) + sampling.max_tokens for prompt in ids for _ in range(sampling.n)]
@@ -185,6 +198,7 @@ def generate(
         seats=min(answers, SEATS),
         shares=answers > 1,
         tokens=sampling.max_tokens,
+        prompt_depth=checked.prompt_depth,
     )
     one = replace(sampling, n=1)
     tickets = [engine.submit(prompt, one, sample=sample) for prompt in ids for sample in range(sampling.n)]
@@ -202,10 +216,25 @@ def engine_pays(model: LoopedLM, *, answers: int) -> bool:
 
 
 def _engine(
-    model: LoopedLM, policy: PlanePolicy, loops: int, *, memory: int, seats: int, shares: bool, tokens: int
+    model: LoopedLM,
+    policy: PlanePolicy,
+    loops: int,
+    *,
+    memory: int,
+    seats: int,
+    shares: bool,
+    tokens: int,
+    prompt_depth: PromptDepth = "full",
 ) -> Engine:
-    drafts = "auto" if tokens >= DRAFTED and seats <= CROWD else "off"
-    return Engine(model, policy, speculate=drafts, memory=memory, prefix_cache=shares, seats=seats, max_loops=loops)
+    return Engine(
+        *(model, policy),
+        speculate="auto" if tokens >= DRAFTED and seats <= CROWD else "off",
+        memory=memory,
+        prefix_cache=shares,
+        seats=seats,
+        max_loops=loops,
+        prompt_depth=prompt_depth,
+    )
 
 
 def _bytes_for(model: LoopedLM, policy: PlanePolicy, loops: int, lengths: Sequence[int]) -> int:

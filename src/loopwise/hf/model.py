@@ -247,12 +247,13 @@ class LoopedForCausalLM(PreTrainedModel, GenerationMixin):
         sampling: Sampling | None = None,
         *,
         policy: str | None = None,
+        prompt_depth: str = "full",
     ) -> list[Completion]:
         """Answer prompts token by token with exits: `Sampling(exit="hazard:0.6")` stops each token when it is ready.
 
         This is `loopwise.generate`; see there.
         """
-        return generate(self.model, prompts, sampling, policy=policy)
+        return generate(self.model, prompts, sampling, policy=policy, prompt_depth=prompt_depth)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         for word in _EXIT_WORDS:

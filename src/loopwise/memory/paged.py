@@ -157,6 +157,13 @@ class PagedMemory:
         have.extend([-1] * (index + 1 - len(have)))
         have[index] = page
 
+    def give_back(self, pages: PageList, plane: int, index: int) -> None:
+        """One page of a plane is needed no more."""
+        have = pages.planes.get(plane, [])
+        if index < len(have) and have[index] >= 0:
+            self.pool(plane).release(have[index])
+            have[index] = -1
+
     def trim(self, pages: PageList, length: int) -> None:
         """Give back the pages that lie wholly behind the first `length` positions."""
         keep = -(-length // self.layout.page)
@@ -193,6 +200,12 @@ class PagedMemory:
     def settle(self, pages: PageList, position: int, left: int, *, generated: bool) -> None:
         """A position stopped after loop `left`: readers of planes that it never wrote find its last."""
         self._table[pages.seat, self._alias[left, generated], position] = self._table[pages.seat, left, position]
+
+    def settle_many(self, pages: PageList, positions: Int[np.ndarray, " stopped"], left: int) -> None:
+        """Several positions stopped after loop `left`, under a policy that has a plane for each loop."""
+        table = self._table[pages.seat]
+        for loop in range(left + 1, self.planes + 1):
+            table[loop, positions] = table[left, positions]
 
     def collapse(self, pages: PageList, length: int, loops: int) -> None:
         """Every reader of the first `length` positions finds plane `loops`; the other planes' pages go back.

@@ -3,7 +3,9 @@
 A page's identity is the chain of all tokens up to its end, and whatever else changes the numbers: the start state's
 seed, and with a coda the prompt's number of loops. The exit rule and the number of loops are left out otherwise: under
 `full` prompt depth plane r depends on planes <= r alone, so requests of different efforts share a prompt, and a hit
-needs no more planes than the request will read. Tokens are compared on every hit, so a collision is a miss.
+needs no more planes than the request will read. Under `exit` prompt depth the rule is part of the identity; an entry
+then knows after which loop each position stopped, and has the planes that some position on it reached. Tokens are
+compared on every hit, so a collision is a miss.
 """
 
 import hashlib
@@ -25,7 +27,19 @@ class _Entry:
     planes: dict[int, int]
     """Physical page by plane."""
     used: int
+    left: tuple[int, ...] = ()
+    """The loop after which each position stopped, where prompts obey an exit rule."""
     children: set[bytes] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is known of a sequence's beginning."""
+
+    length: int
+    """Positions."""
+    left: tuple[int, ...]
+    """The loop after which each of them stopped, where prompts obey an exit rule; else nothing."""
 
 
 class PrefixCache:
@@ -43,8 +57,8 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, pages: PageList, identity: Hashable, tokens: Sequence[int], planes: Sequence[int]) -> int:
-        """Lend a new sequence the pages of its longest known beginning; returns its length in positions.
+    def find(self, pages: PageList, identity: Hashable, tokens: Sequence[int], planes: Sequence[int]) -> Beginning:
+        """Lend a new sequence the pages of its longest known beginning.
 
         Args:
             pages: the sequence's list, empty so far.
@@ -54,27 +68,47 @@ class PrefixCache:
         size = self._memory.layout.page
         self._clock += 1
         key, found = _root(identity), 0
+        left: tuple[int, ...] = ()
         for index in range(len(tokens) // size):
             part = tuple(tokens[index * size : (index + 1) * size])
             key = _extend(key, part)
             entry = self._entries.get(key)
-            if entry is None or entry.tokens != part or not set(planes) <= entry.planes.keys():
+            wanted = planes if entry is None else self._reached(planes, entry.left)
+            if entry is None or entry.tokens != part or not set(wanted) <= entry.planes.keys():
                 break
             entry.used = self._clock
-            for plane in planes:
+            for plane in wanted:
                 page = entry.planes[plane]
                 self._memory.pool(plane).share(page)
                 self._memory.place(pages, plane, index, page)
+            left += entry.left
             found += size
-        return found
+        return Beginning(found, left)
+
+    def _reached(self, planes: Sequence[int], left: Sequence[int]) -> Sequence[int]:
+        """Those of the planes that a page has whose positions stopped after these loops."""
+        if not left or self._memory.policy.fills:
+            return planes
+        return [plane for plane in planes if plane <= max(left)]
 
     def count(self, *, asked: int, found: int) -> None:
         """Note that a sequence began with `found` of `asked` tokens."""
         self.queries += asked
         self.hits += found
 
-    def publish(self, pages: PageList, identity: Hashable, tokens: Sequence[int], planes: Sequence[int]) -> None:
-        """Keep the whole pages of these settled positions; planes that an entry already has are not kept twice."""
+    def publish(
+        self,
+        pages: PageList,
+        identity: Hashable,
+        tokens: Sequence[int],
+        planes: Sequence[int],
+        left: Sequence[int] = (),
+    ) -> None:
+        """Keep the whole pages of these settled positions; planes that an entry already has are not kept twice.
+
+        Args:
+            left: the loop after which each position stopped, where prompts obey an exit rule.
+        """
         size = self._memory.layout.page
         self._clock += 1
         parent = _root(identity)
@@ -82,13 +116,14 @@ class PrefixCache:
             part = tuple(tokens[index * size : (index + 1) * size])
             key = _extend(parent, part)
             entry = self._entries.get(key)
-            if entry is not None and entry.tokens != part:
+            exits = tuple(left[index * size : (index + 1) * size])
+            if entry is not None and (entry.tokens, entry.left) != (part, exits):
                 return
-            have = {plane: pages.planes.get(plane, []) for plane in planes}
+            have = {plane: pages.planes.get(plane, []) for plane in self._reached(planes, exits)}
             if any(index >= len(own) or own[index] < 0 for own in have.values()):
                 return
             if entry is None:
-                entry = self._entries[key] = _Entry(key, parent, part, {}, self._clock)
+                entry = self._entries[key] = _Entry(key, parent, part, {}, self._clock, exits)
                 if parent in self._entries:
                     self._entries[parent].children.add(key)
             entry.used = self._clock

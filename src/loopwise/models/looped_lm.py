@@ -317,6 +317,7 @@ class LoopedLM(LoopModel):
         policy: str = "per_loop",
         start_seed: int | Literal["zero"] | None = None,
         max_loops: int | None = None,
+        prompt_loops: Int[Tensor, "*batch prompt"] | Sequence[int] | None = None,
         padding_mask: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "*batch generated"]:
         """Log-probabilities of generated tokens at the depths they were generated at, with gradients.
@@ -334,6 +335,8 @@ class LoopedLM(LoopModel):
             start_seed: what the generator started from, in random-start models: a seed or "zero"; None for the model's
                 own.
             max_loops: loops of prompt rows; None for the largest of `loops`, which is what emitted the first token.
+            prompt_loops: loops of each prompt position, where the generator's prompts obeyed the exit rule, (P,) or
+                (B, P); what stands beyond a shorter prompt's end does not matter.
             padding_mask: True where a token is real; padding may stand on either side.
 
         Returns:
@@ -351,6 +354,7 @@ class LoopedLM(LoopModel):
             policy=policy,
             start_seed=start_seed,
             max_loops=max_loops,
+            prompt_loops=prompt_loops,
             padding_mask=padding_mask,
         )
 

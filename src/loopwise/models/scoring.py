@@ -33,21 +33,25 @@ def score(
     policy: str = "per_loop",
     start_seed: int | Literal["zero"] | None = None,
     max_loops: int | None = None,
+    prompt_loops: Int[Tensor, "*batch prompt"] | Sequence[int] | None = None,
     padding_mask: Bool[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "*batch generated"]:
     """Raw log-probabilities (nats, in float32 or wider) of the generated tokens; see `LoopedLM.score`."""
     device = model.embed.weight.device
     tokens = torch.as_tensor(tokens, device=device)
     loops = torch.as_tensor(loops, device=device)
-    if loops.shape[:-1] != tokens.shape[:-1]:
-        raise InputError(
-            f"tokens are {list(tokens.shape)}, loops {list(loops.shape)}: give both for the same sequences"
-        )
+    prompt_loops = None if prompt_loops is None else torch.as_tensor(prompt_loops, device=device)
+    for name, depths in (("loops", loops), ("prompt_loops", prompt_loops)):
+        if depths is not None and depths.shape[:-1] != tokens.shape[:-1]:
+            raise InputError(
+                f"tokens are {list(tokens.shape)}, {name} {list(depths.shape)}: give both for the same sequences"
+            )
     single = tokens.dim() == 1
     if single:
         tokens, loops = tokens[None], loops[None]
+        prompt_loops = None if prompt_loops is None else prompt_loops[None]
     check_policy(policy)
-    answers = _check(tokens, loops, prompt_length, max_loops, padding_mask)
+    answers = _check(tokens, loops, prompt_length, max_loops, prompt_loops, padding_mask)
     check_loops(model, answers.max_loops)
 
     # The last token is read by nobody.
@@ -83,6 +87,7 @@ def _check(
     loops: Int[Tensor, "batch generated"],
     prompt_length: int | Int[Tensor, " batch"],
     max_loops: int | None,
+    prompt_loops: Int[Tensor, "batch prompt"] | None,
     padding_mask: Bool[Tensor, "batch tokens"] | None,
 ) -> _Answers:
     real = torch.ones_like(tokens, dtype=torch.bool) if padding_mask is None else padding_mask
@@ -98,21 +103,47 @@ def _check(
             f"loops has {loops.shape[1]} numbers for {int(made.max())} generated tokens; give one for each of them"
         )
     present = torch.arange(loops.shape[1], device=loops.device) < made[:, None]
-    deepest = int(loops[present].max()) if max_loops is None else max_loops
-    least, most = (int(bound) for bound in loops[present].aminmax())
+    given = loops[present]
+    if prompt_loops is not None:
+        given = torch.cat([given, _of_prompts(prompt_loops, loops, prompts)])
+    least, most = (int(bound) for bound in given.aminmax())
+    deepest = most if max_loops is None else max_loops
     if least < 1 or most > deepest:
         raise InputError(f"loops from {least} to {most} were given: allowed are 1 to {deepest}")
-    if bool((loops[:, 0] != deepest).any()):
+    if prompt_loops is None and bool((loops[:, 0] != deepest).any()):
         raise InputError(
             f"loops begins with {loops[:, 0].tolist()}: the first token comes from the prompt, whose rows run "
-            f"max_loops={deepest}"
+            f"max_loops={deepest}; give prompt_loops= where prompts obeyed the exit rule"
         )
     # Which generated token comes after each row; prompts count up to it from below.
     after = real.cumsum(-1)[:, :-1] - prompts[:, None]
     emits = real[:, :-1] & (after >= 0) & (after < made[:, None])
     recorded = loops.gather(1, after.clamp(0, loops.shape[1] - 1))
-    exits = torch.where(after < 0, deepest, torch.where(emits, recorded, 1))
+    read: int | Tensor = deepest
+    if prompt_loops is not None:
+        read = prompt_loops.gather(1, (real.cumsum(-1)[:, :-1] - 1).clamp(0, prompt_loops.shape[1] - 1))
+    # Padding, on either side, is never looked at.
+    exits = torch.where(after < 0, read, torch.where(emits, recorded, 1))
     return _Answers(max_loops=deepest, exits=exits, emits=emits, made=present)
+
+
+def _of_prompts(
+    prompt_loops: Int[Tensor, "batch prompt"], loops: Int[Tensor, "batch generated"], prompts: Int[Tensor, " batch"]
+) -> Int[Tensor, " positions"]:
+    """The loops of all prompt positions, once they are seen to fit."""
+    if prompt_loops.shape[1] != int(prompts.max()):
+        raise InputError(
+            f"prompt_loops has {prompt_loops.shape[1]} numbers for prompts of up to {int(prompts.max())} tokens; give "
+            "one for each of them"
+        )
+    last = prompt_loops.gather(1, prompts[:, None] - 1)[:, 0]
+    if bool((last != loops[:, 0]).any()):
+        raise InputError(
+            f"prompt_loops ends with {last.tolist()} and loops begins with {loops[:, 0].tolist()}: both are the loops "
+            "of the prompt's last row"
+        )
+    inside = torch.arange(prompt_loops.shape[1], device=loops.device) < prompts[:, None]
+    return prompt_loops[inside]
 
 
 def _run_filled(

@@ -49,6 +49,7 @@ class Order:
             "rule": knob.rule or OFF,
             "start": knob.start,
             "policy": policy,
+            "prompt_depth": self.service.engine.prompt_depth,
             "seed": self.sampling.seed,
         }
 

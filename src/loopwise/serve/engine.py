@@ -30,4 +30,5 @@ def build_engine(
         prefix_cache=not whole,
         seats=settings.seats,
         max_loops=settings.max_loops,
+        prompt_depth=settings.prompt_depth,
     )

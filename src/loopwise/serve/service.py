@@ -207,7 +207,7 @@ class Answering:
     def _end(self, voice: Voice, delta: Delta) -> None:
         done = self._tickets.pop(voice.index).completion
         self._service.check()
-        voice.kv_bytes = done.kv_bytes
+        voice.kv_bytes, voice.prompt_loops = done.kv_bytes, done.prompt_loops[: len(voice.prompt)]
         if done.finish_reason not in _FINISH:
             raise ApiError(
                 "the server is going away; ask again soon",

@@ -26,6 +26,9 @@ class ServeConfig:
     """Answers that are made at once."""
     chunk: int = 256
     """Prompt rows of one tick at most."""
+    prompt_depth: Literal["full", "exit"] = "full"
+    """How deep prompts are read: full (every loop) or exit (a prompt's tokens stop where the request's rule stops them,
+    which saves work and changes answers)."""
 
     hosts: tuple[str, ...] = ()
     """Names beside localhost and the bound address that a Host or Origin header may carry."""

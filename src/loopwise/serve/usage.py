@@ -37,7 +37,9 @@ def flops(engine: Engine, voice: Voice) -> float:
     its other loops too.
     """
     config, most = engine.model.config, voice.knob.max_loops
-    prompt = count_flops(config, context=(len(voice.prompt) + 1) // 2).total(most) * len(voice.prompt)
+    read = [most] * len(voice.prompt) if engine.policy.fills or not voice.prompt_loops else voice.prompt_loops
+    cost = count_flops(config, context=(len(voice.prompt) + 1) // 2)
+    prompt = float(cost.fixed * len(read) + cost.per_loop * sum(read))
     answer = count_flops(config, context=len(voice.prompt) + len(voice.tokens) // 2)
     # The first token leaves the prompt's last row, and forced ones (0 loops) enter as prompt rows do.
     rows = voice.loops[1:]

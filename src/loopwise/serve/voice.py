@@ -49,6 +49,8 @@ class Voice:
     """What follows the prompt, a forced end of thought included."""
     loops: list[int] = field(default_factory=list)
     """Of the row that emitted each token; 0 for a forced one."""
+    prompt_loops: tuple[int, ...] = ()
+    """Of each of the prompt's positions, where prompts obey the exit rule."""
     thought: int = 0
     """Tokens of visible thought."""
     kv_bytes: int = 0
