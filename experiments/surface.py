@@ -69,7 +69,7 @@ SETTINGS = {
         width=64,
         variants=("2x1", "2x3", "6x1", "2x3 short"),
         rows=16,
-        steps=3000,
+        steps=2000,
         learning_rate=3e-3,
         test_problems=1000,
     ),
