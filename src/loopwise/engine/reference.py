@@ -191,8 +191,8 @@ def stream(
         sample: which of several answers to the same prompt this is; each draws its own noise.
     """
     sampling = sampling or Sampling()
-    check_loops(model, sampling.max_loops or model.config.loops)
     checked = check_sampling(model, sampling, policy=policy, prompt_depth=prompt_depth)
+    check_loops(model, checked.max_loops)
     return _begin(model, encode_prompt(model, prompt), sampling, checked, sample)
 
 
@@ -219,12 +219,9 @@ def generate(
         InputError: for an empty prompt, one longer than the context, ids outside the vocabulary, or text or stop
             strings without a tokenizer.
     """
-    need_language_model(
-        model, instead="to ask it, type: loopwise.run_until(model, model.encode(inputs), rule, max_loops=...)"
-    )
     sampling = sampling or Sampling()
-    check_loops(model, sampling.max_loops or model.config.loops)
     checked = check_sampling(model, sampling, policy=policy, prompt_depth=prompt_depth)
+    check_loops(model, checked.max_loops)
     done: list[Completion] = []
     for ids in [encode_prompt(model, prompt) for prompt in prompts]:
         for sample in range(sampling.n):
@@ -254,6 +251,9 @@ def check_sampling(
     Raises:
         ConfigError, InputError: as `generate` would.
     """
+    need_language_model(
+        model, instead="to ask it, type: loopwise.run_until(model, model.encode(inputs), rule, max_loops=...)"
+    )
     max_loops = sampling.max_loops or model.config.loops
     if sampling.min_loops > max_loops:
         raise ConfigError(f"min_loops={sampling.min_loops}: allowed is 1 to max_loops={max_loops}")

@@ -83,8 +83,8 @@ class Writer:
             sample: which of several answers to the same prompt this is; each draws its own noise.
         """
         model, sampling = self.model, replace(sampling or Sampling(), n=1)
-        check_loops(model, sampling.max_loops or model.config.loops)
         checked = check_sampling(model, sampling, policy=policy, prompt_depth=prompt_depth)
+        check_loops(model, checked.max_loops)
         ids = encode_prompt(model, prompt)
         if not engine_pays(model, answers=1):
             return reference.stream(model, ids, sampling, policy=policy, prompt_depth=prompt_depth, sample=sample)
