@@ -134,7 +134,7 @@ def pick(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> tuple[lis
     None for rows with penalties, biases, filters or likeliest tokens to report, and for greedy beside sampled ones.
     """
     settings = [row.sampling for row in rows]
-    if any(sampling.adjusts or sampling.filters or sampling.logprobs for sampling in settings):
+    if not all(sampling.plain for sampling in settings):
         return None
     sampled = sum(sampling.temperature > 0 for sampling in settings)
     if not sampled:

@@ -7,13 +7,14 @@ exit  a prompt's position is a position like any other: it stops where the rule 
       nothing tells them apart; the rule is part of what a page is.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 from loopwise.errors import ConfigError
 from loopwise.loops.exits import ExitRule
 from loopwise.models.looped_lm import LoopedLM
 
 PromptDepth = Literal["full", "exit"]
+_DEPTHS: tuple[PromptDepth, ...] = ("full", "exit")
 
 
 def check_prompt_depth(depth: str) -> PromptDepth:
@@ -22,10 +23,10 @@ def check_prompt_depth(depth: str) -> PromptDepth:
     Raises:
         ConfigError: when there is none.
     """
-    for allowed in get_args(PromptDepth):
+    for allowed in _DEPTHS:
         if depth == allowed:
-            return allowed  # type: ignore[no-any-return]  # one of the literals
-    raise ConfigError(f"prompt_depth={depth!r}: allowed are {', '.join(get_args(PromptDepth))}")
+            return allowed
+    raise ConfigError(f"prompt_depth={depth!r}: allowed are {', '.join(_DEPTHS)}")
 
 
 def check_rule_in_prompts(model: LoopedLM, rule: ExitRule) -> None:

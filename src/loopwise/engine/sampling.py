@@ -198,7 +198,7 @@ def choose(
     logits = adjusted(logits, sampling, seen)
     if sampling.temperature == 0.0:
         return int(torch.argmax(logits))
-    # A tensor divides as in `heated`, bit for bit; one number makes it in one step.
+    # A tensor divides as in `heat`, bit for bit; one number makes it in one step.
     heated = logits.double() / torch.full((1,), sampling.temperature, dtype=torch.float64, device=logits.device)
     if not sampling.filters:
         rows = rows_ahead(len(logits))

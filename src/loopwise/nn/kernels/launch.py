@@ -45,8 +45,6 @@ LAYER_WEIGHTS = (
 LAYER_POINTERS = len(LAYER_WEIGHTS) + 2
 ROW_NUMBERS = 5
 """Of one `Row`."""
-
-
 DRAW = "5qd"
 """One `Draw`, as `struct` packs it."""
 DRAW_NUMBERS = 6
