@@ -23,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+# Dear tests ask for a part of what a profile gives, so that a wider search is wider for them too.
 settings.register_profile("search", deadline=None, max_examples=500)
 settings.load_profile("repeatable")
 

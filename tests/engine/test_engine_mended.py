@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from loopwise.engine.checks import _whole_numbers
 from loopwise.engine.choosing import Draw, choose_batch
 from loopwise.engine.engine import Engine
-from loopwise.engine.reference import _whole_numbers, generate
+from loopwise.engine.reference import generate
 from loopwise.engine.request import Replay, Stage
 from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling, choose

@@ -73,7 +73,7 @@ def workloads(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@settings(max_examples=25)
+@settings(max_examples=settings().max_examples // 4)
 @given(workloads())
 def test_a_random_workload_is_answered_as_if_each_request_were_alone(load: dict[str, object]) -> None:
     run_workload(load)

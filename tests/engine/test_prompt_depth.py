@@ -13,8 +13,9 @@ import torch
 
 from loopwise.engine import write
 from loopwise.engine.answer import Completion
+from loopwise.engine.checks import check_sampling
 from loopwise.engine.engine import Engine
-from loopwise.engine.reference import check_sampling, generate
+from loopwise.engine.reference import generate
 from loopwise.engine.request import Replay
 from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling, choose

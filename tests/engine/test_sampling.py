@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import loopwise.engine.choosing as choosing_module
@@ -40,14 +40,14 @@ def softmax(logits: list[float], temperature: float) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def survivors(logits: list[float], sampling: Sampling) -> list[int]:
-    """Top-k, then the fewest of those that reach top-p of their own sum, then min-p."""
+def survivors(logits: list[float], sampling: Sampling, *, slack: float) -> list[int]:
+    """Top-k, then the fewest of those that reach top-p of their own sum, less `slack`, then min-p."""
     chance = softmax(logits, sampling.temperature)
     kept = sorted(range(len(logits)), key=lambda token: -chance[token])[: sampling.top_k]
     if sampling.top_p is not None:
         needed, found = sampling.top_p * sum(chance[token] for token in kept), []
         for token in kept:
-            if sum(chance[other] for other in found) >= needed - 1e-12:
+            if sum(chance[other] for other in found) >= needed - slack:
                 break
             found.append(token)
         kept = found
@@ -57,23 +57,14 @@ def survivors(logits: list[float], sampling: Sampling) -> list[int]:
 
 
 @given(LOGITS, FILTERS)
+@example([7.0, -2.0, -3.0], {"temperature": 0.3, "top_p": 1.0})
 def test_filters_equal_plain_python(logits: list[float], filters: dict[str, object]) -> None:
     sampling = Sampling(**filters)
     found = candidates(torch.tensor(logits, dtype=torch.float64), sampling).tolist()
-    expected = survivors(logits, sampling)
-    # A sum that meets its bound to the last bit may fall on either side.
-    assert found == expected or (
-        sampling.top_p
-        and found[: len(expected)] == expected[: len(found)]
-        and abs(len(found) - len(expected)) == 1
-        and near_bound(logits, sampling, found)
-    )
-
-
-def near_bound(logits: list[float], sampling: Sampling, found: list[int]) -> bool:
-    chance = softmax(logits, sampling.temperature)
-    sums = [sum(chance[token] for token in found[:count]) for count in (len(found) - 1, len(found))]
-    return min(abs(total - sampling.top_p) for total in sums) < 1e-9
+    # A sum that meets its bound up to rounding may fall on either side.
+    least, most = (survivors(logits, sampling, slack=slack) for slack in (1e-12, -1e-12))
+    assert len(least) <= len(found)
+    assert found == most[: len(found)]
 
 
 @given(LOGITS, FILTERS, st.integers(0, 2**40), st.integers(0, 1000), st.integers(0, 5))
@@ -94,7 +85,7 @@ def test_choice_is_the_largest_noisy_logit(
 def test_frequencies_are_the_probabilities() -> None:
     logits = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5, -2.0], dtype=torch.float64)
     for sampling in (Sampling(temperature=1.3, seed=7), Sampling(temperature=0.8, top_k=4, top_p=0.95, seed=8)):
-        kept = survivors(logits.tolist(), sampling)
+        kept = survivors(logits.tolist(), sampling, slack=1e-12)
         chance = softmax([float(logits[token]) for token in kept], sampling.temperature)
         draws = [choose(logits, sampling, position=position) for position in range(1200)]
         assert set(draws) <= set(kept)
@@ -180,7 +171,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=settings().max_examples * 3)
 @given(
     rows=ROWS,
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),

@@ -83,7 +83,7 @@ seeds = st.integers(0, 2**31)
 
 
 @given(rules, seeds, st.integers(1, 8))
-@settings(max_examples=60)
+@settings(max_examples=settings().max_examples // 2)
 def test_replay_of_a_batch_equals_replay_of_each_unit(text: str, seed: int, min_loops: int) -> None:
     trace = Trace(seed, 2, 3).fit(text)
     together = replay(text, min_loops=min_loops, **trace)
@@ -97,7 +97,6 @@ def test_replay_of_a_batch_equals_replay_of_each_unit(text: str, seed: int, min_
 
 
 @given(rules, seeds, st.integers(1, 8), st.lists(st.integers(0, 4), min_size=6, max_size=6))
-@settings(max_examples=100)
 def test_leaving_and_joining_units_equal_replay(text: str, seed: int, min_loops: int, arrivals: list[int]) -> None:
     """Units that arrive at different ticks, leave when they stop and are reordered on the way."""
     trace = Trace(seed, 6).fit(text)
@@ -150,7 +149,7 @@ def test_a_newcomer_remembers_nothing(text: str) -> None:
 
 
 @given(rules, st.floats(1, 6), seeds)
-@settings(max_examples=60)
+@settings(max_examples=settings().max_examples // 2)
 def test_budget_equals_units_run_one_after_the_other(inner: str, mean: float, seed: int) -> None:
     trace = Trace(seed, 5).fit(inner)
     budget = Budget(mean=mean, inner=parse_rule(inner))
@@ -237,7 +236,7 @@ def naive_measures(text: str, trace: dict[str, Tensor]) -> Iterator[bool]:
     ),
     seeds,
 )
-@settings(max_examples=150)
+@settings(max_examples=settings().max_examples * 3 // 2)
 def test_replay_equals_the_formula_in_plain_python(text: str, seed: int) -> None:
     trace = Trace(seed).fit(text)
     fired = [loop for loop, holds in enumerate(naive_measures(text, trace), start=1) if holds]

@@ -12,7 +12,7 @@ SHAPE = st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, ma
 
 
 @given(real=SHAPE, exits=st.lists(st.integers(1, 4), min_size=12, max_size=12), seed=st.integers(0, 99))
-@settings(max_examples=25)
+@settings(max_examples=settings().max_examples // 4)
 def test_a_reader_finds_the_last_written_loop_of_every_token(
     real: list[list[bool]], exits: list[int], seed: int
 ) -> None:

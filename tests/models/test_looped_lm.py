@@ -84,7 +84,7 @@ def shapes(draw: st.DrawFn) -> dict[str, object]:
 
 
 @given(shape=shapes(), loops=st.integers(1, 3), seed=st.integers(0, 9))
-@settings(max_examples=25)
+@settings(max_examples=settings().max_examples // 4)
 def test_every_configuration_equals_the_formula(shape: dict[str, object], loops: int, seed: int) -> None:
     assert_equals_naive(tiny("llama", seed=seed, **shape), TOKENS[:, :4], loops)
 

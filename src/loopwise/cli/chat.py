@@ -193,7 +193,7 @@ class Session:
 
     def _set(self, config: "ChatConfig") -> None:
         """Take new settings, once they are known to suit the model."""
-        from loopwise.engine.reference import check_sampling
+        from loopwise.engine.checks import check_sampling
         from loopwise.loops.drivers import check_loops
 
         check_loops(self.model, config.max_loops or self.model.config.loops)

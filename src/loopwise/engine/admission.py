@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from loopwise.engine.answer import Answer
+from loopwise.engine.checks import check_sampling, encode_prompt
 from loopwise.engine.depth import PromptDepth
-from loopwise.engine.reference import check_sampling, encode_prompt
 from loopwise.engine.request import Replay, Request, check_replay
 from loopwise.engine.sampling import Sampling, check_vocabulary
 from loopwise.errors import ConfigError, InputError

@@ -17,24 +17,16 @@ import weakref
 from collections.abc import Sequence
 from types import TracebackType
 
-from loopwise.engine.admission import Admission
 from loopwise.engine.answer import Completion, Emission
-from loopwise.engine.core import Core
-from loopwise.engine.costs import measure_ticks
-from loopwise.engine.depth import check_prompt_depth
 from loopwise.engine.request import Replay, Request, Stage
-from loopwise.engine.runner import Runner, layout_of
 from loopwise.engine.sampling import Sampling
-from loopwise.engine.scheduler import Scheduler
-from loopwise.engine.speculation import Speculation, Speculator, parse_speculation, saved_speculation
+from loopwise.engine.setup import Options, assemble
+from loopwise.engine.speculation import Speculation
 from loopwise.engine.ticket import Ticket
 from loopwise.errors import ConfigError, InputError
 from loopwise.loops.drivers import check_loops
-from loopwise.loops.planes import PlanePolicy, parse_policy
-from loopwise.memory.paged import PagedMemory
-from loopwise.memory.pages import parse_bytes
-from loopwise.memory.prefix import PrefixCache
-from loopwise.models.looped_lm import LoopedLM, need_language_model
+from loopwise.loops.planes import PlanePolicy
+from loopwise.models.looped_lm import LoopedLM
 
 
 class Engine:
@@ -72,67 +64,24 @@ class Engine:
         max_loops: int | None = None,
         prompt_depth: str = "full",
     ) -> None:
-        need_language_model(
-            model, instead="to ask it, type: loopwise.run_until(model, model.encode(inputs), rule, max_loops=...)"
-        )
-        config = model.config
-        self.model = model
-        self.policy = parse_policy(policy)
-        self.max_loops = max(config.loops, config.trained_loops[1]) if max_loops is None else max_loops
-        self.seats = seats
-        for name, value in (("seats", seats), ("rows", rows), ("chunk", chunk), ("max_loops", self.max_loops)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: allowed is 1 or more")
-        if not self.policy.chunk_invariant and (chunk is not None or prefix_cache):
-            raise ConfigError(
-                f"policy={self.policy}: here a prompt's numbers depend on how it is cut, so it takes chunk=None and "
-                f"prefix_cache=False; or type policy='{self.policy}:per_position', which is slow and does not"
-            )
-        if speculate == "auto":
-            kept = saved_speculation(None if model.origin is None else model.origin.folder)
-            speculate = (kept or "auto") if self.policy.speculates else "off"
-        drafting = parse_speculation(speculate)
-        if drafting is not None and not self.policy.speculates:
-            raise ConfigError(
-                f"speculate={speculate!r}: under policy={self.policy} a position waits for the one before it; "
-                'type speculate="off", or policy="per_loop" or "last_exited"'
-            )
-        self.prompt_depth = check_prompt_depth(prompt_depth)
-        if self.prompt_depth == "exit" and not self.policy.speculates:
-            raise ConfigError(
-                f"prompt_depth='exit': under policy={self.policy} later loops of a position change what others have "
-                "read of it; type prompt_depth='full', or policy='last_exited' or 'per_loop'"
-            )
-        layout = layout_of(model)
-        budget = parse_bytes(memory)
-        paged = PagedMemory(
-            layout, self.policy, planes=self.max_loops, budget=budget, seats=seats, device=model.embed.weight.device
-        )
-        self.budget = budget
-        self._admission = admission = Admission(
-            model, paged, budget=budget, max_loops=self.max_loops, prompt_depth=self.prompt_depth
-        )
-        runner = Runner(model, paged)
-        prefix = PrefixCache(paged) if prefix_cache and self.policy.chunk_invariant else None
-        scheduler = Scheduler(
-            paged,
-            prefix,
+        options = Options.check(
+            *(model, policy),
+            speculate=speculate,
+            memory=memory,
+            chunk=chunk,
+            prefix_cache=prefix_cache,
             seats=seats,
-            chunk=chunk or config.max_positions,
             rows=rows,
-            identity=admission.identity,
-            drop=lambda request, place: self._core.drop(request, place),
+            max_loops=max_loops,
+            prompt_depth=prompt_depth,
         )
-        speculator = None
-        if drafting is not None and self.max_loops > 1:
-            speculator = Speculator(drafting, lambda: measure_ticks(runner.model, seats), config.loops)
-        self._core = Core(
-            *(runner, scheduler, prefix, speculator),
-            depth=self.prompt_depth,
-            identity=admission.identity,
-            emit=self._deliver,
-            done=self._close,
-        )
+        self.model = model
+        self.policy = options.policy
+        self.max_loops = options.max_loops
+        self.seats = seats
+        self.budget = options.budget
+        self.prompt_depth = options.prompt_depth
+        self._core, self._admission = assemble(model, options, emit=self._deliver, done=self._close)
         # Not kept alive by the engine: an answer that nobody can see any more ends (`Ticket.__del__`).
         self._tickets: weakref.WeakValueDictionary[int, Ticket] = weakref.WeakValueDictionary()
         self._inbox: queue.SimpleQueue[tuple[str, Request]] = queue.SimpleQueue()

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from loopwise.engine.answer import Completion
+from loopwise.engine.checks import encode_prompt
 from loopwise.engine.engine import Engine
 from loopwise.engine.ladder import read_ladder
 from loopwise.engine.record import record_trace
-from loopwise.engine.reference import encode_prompt
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.ticket import Ticket
 from loopwise.errors import ConfigError, InputError, NotFoundError
