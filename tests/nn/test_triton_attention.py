@@ -14,6 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from loopwise.engine import still
+from loopwise.engine.engine import Engine
+from loopwise.engine.graphs import GraphedRows
+from loopwise.engine.reference import generate
+from loopwise.engine.request import Replay
+from loopwise.engine.sampling import Sampling
 from loopwise.nn.kernels import cut_tiles, paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,6 +28,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton here")
 kernels: dict[str, Any] = runpy.run_path(str(Path(__file__).with_name("test_kernels.py")))
+tiny = runpy.run_path(str(Path(__file__).parents[1] / "models" / "naive_lm.py"))["tiny"]
 case, naive_attention, CASES = kernels["case"], kernels["naive_attention"], kernels["CASES"]
 # Triton's interpreter (3.9) has no products of bfloat16.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 0.02} | ({torch.bfloat16: 0.1} if DEVICE == "cuda" else {})
@@ -63,3 +70,20 @@ def test_the_kernel_equals_loops_written_out(
     )
     if DEVICE == "cuda":
         torch.testing.assert_close(paged_attention(*there), found)
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/engine/test_engine_gpu.py has it in real graphs")
+@pytest.mark.parametrize("shape", ["ouro", "retrofitted-llama"])
+def test_launches_of_padded_rows_take_it(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(still, "tiles_wanted", lambda device, dtype: True)
+    model, prompts, settings = tiny(shape), [[1, 2, 3], [4, 5], [6]], Sampling(max_tokens=4)
+    wanted = [generate(model, [prompt], settings)[0] for prompt in prompts]
+    engine = Engine(model.float(), memory="4MiB", speculate="off")
+    runner, runs = engine._core.runner, []
+    runner._few = GraphedRows(runner.model, runner.memory, runner.seats, lambda: lambda run: runs.append(run) or run)
+    replays = [Replay(tokens=answer.tokens, loops=answer.loops) for answer in wanted]
+    for mine, theirs in zip(engine.generate(prompts, settings, replays=replays), wanted, strict=True):
+        assert mine.tokens == theirs.tokens
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    assert runs

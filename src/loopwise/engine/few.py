@@ -43,6 +43,8 @@ class FewRows:
         seats: where the states of rows lie.
     """
 
+    most = FEW_ROWS
+
     def __init__(self, model: LoopedLM, memory: PagedMemory, seats: Seats, kernels: LaunchKernels) -> None:
         self._model, self._memory, self._seats, self._kernels = model, memory, seats, kernels
         config, pool = model.config, memory.core
@@ -107,7 +109,7 @@ class FewRows:
         kernels = load_launch_kernels().get(state.dtype) if state.device.type == "cpu" else None
         outer = [model.norm, *([] if model.adapter is None else [model.adapter])]
         plain = all(type(module) in (FastNorm, FewRowsLinear) for module in outer)
-        plain = plain and all(_is_plain_block(block) for block in model.core) and not _watched(model)
+        plain = plain and all(_is_plain_block(block) for block in model.core) and not is_watched(model)
         if kernels is None or not plain or memory.policy.blends:
             return None
         if not all(weight.dtype == state.dtype and weight.is_contiguous() for weight in model.parameters()):
@@ -202,6 +204,6 @@ def _is_plain_block(block: nn.Module) -> bool:
     )
 
 
-def _watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether somebody has hung something on a module that a call past its `forward` would miss."""
     return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())

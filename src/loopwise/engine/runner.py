@@ -6,19 +6,19 @@ Axes: N rows of a launch, D width, V vocabulary.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from loopwise.engine.few import FewRows
+from loopwise.engine.graphs import GraphedRows, read_numbers
+from loopwise.engine.plan import columns_of
 from loopwise.engine.request import Chunk, Request, Row
 from loopwise.engine.seats import Seats
-from loopwise.memory.paged import BOUNDARY, Layout, PagedMemory
+from loopwise.memory.paged import Layout, PagedMemory
 from loopwise.models.looped_lm import LMContext, LoopedLM
 from loopwise.nn.fast import fast_model
 from loopwise.nn.kernels import linear
-from loopwise.nn.kernels.linear import FEW_ROWS
 from loopwise.nn.rotary import Rotary
 
 PAGE = 16
@@ -39,8 +39,9 @@ class Runner:
             dtype=model.embed.weight.dtype,
             device=self.device,
         )
-        self._few = FewRows.of(self.model, memory, self.seats)
-        self._hazards: list[float] | None = None
+        served = self.model, memory, self.seats
+        self._few: FewRows | GraphedRows | None = FewRows.of(*served) or GraphedRows.of(*served)
+        self._hazards: list[float] | Float[Tensor, " rows"] | None = None
         """What the gate said after the last launch, where that is known already."""
         self._positions = 256
         self._rotary = model.rotary(torch.arange(self._positions, device=self.device))
@@ -58,7 +59,7 @@ class Runner:
         few = self._few
         if few is not None and chunks:
             few.find_weights()
-        if few is None or chunks or len(rows) > FEW_ROWS:
+        if few is None or chunks or len(rows) > few.most:
             self.encode(fresh, [(request, chunk) for request, chunk in chunks if chunk.state is None])
             return self.loop(rows, chunks)
         begun = [(request, row) for request, row in fresh if not few.begins or request.sampling.start is not None]
@@ -67,7 +68,7 @@ class Runner:
         return self._loop_few(few, rows)
 
     def _loop_few(
-        self, few: FewRows, rows: Sequence[tuple[Request, Row]]
+        self, few: FewRows | GraphedRows, rows: Sequence[tuple[Request, Row]]
     ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
         numbers: list[int] = []
         last = 0
@@ -94,7 +95,7 @@ class Runner:
         None where `read` and a choice of another kind are needed: many rows, a coda, settings beyond temperature.
         """
         few = self._few
-        if few is None or not few.says or len(rows) > FEW_ROWS:
+        if few is None or not few.says or len(rows) > few.most:
             return None
         numbers: list[int | float] = []
         for request, row in rows:
@@ -104,12 +105,15 @@ class Runner:
             tells = row.left > 0 or request.provisional
             numbers += (row.launched, tells, sampling.key, request.answer.sample, row.position + 1)
             numbers.append(sampling.temperature)
-        return few.say(after, numbers)
+        if isinstance(few, FewRows):
+            return few.say(after, numbers)
+        self._reach(max(row.position for _, row in rows))
+        return few.say(after, read_numbers(rows, [row.launched for _, row in rows]), numbers, self._rotary)
 
     def signals(self, states: Float[Tensor, "rows width"]) -> list[float] | None:
         """The model's signal for the states that the last launch has left; None without a gate."""
         if self._hazards is not None:
-            return self._hazards
+            return self._hazards if isinstance(self._hazards, list) else self._hazards.tolist()
         signal = self.model.signal(states, None)
         return None if signal is None else signal.tolist()
 
@@ -190,6 +194,10 @@ class Runner:
         self, rows: Sequence[tuple[Request, Row]], states: Float[Tensor, "rows width"]
     ) -> Float[Tensor, "rows vocab"]:
         """Coda and head of these rows from these states."""
+        few = self._few
+        if isinstance(few, GraphedRows) and 0 < len(rows) <= few.most:
+            self._reach(max(row.position for _, row in rows))
+            return few.read(states, read_numbers(rows, range(len(rows))), self._rotary)
         return linear(self._hidden(rows, [], states), self.model.head_weight)
 
     def read_chunks(self, chunks: Sequence[tuple[Request, Chunk]]) -> None:
@@ -233,7 +241,7 @@ class Runner:
         states: Float[Tensor, "rows width"] | None = None,
     ) -> LMContext:
         """Bind the memory to a launch and describe it to the model."""
-        seats, loops, positions = _columns(rows, chunks, boundary=boundary)
+        seats, loops, positions = columns_of(rows, chunks, boundary=boundary)
         blend = None
         if self.memory.policy.blends and not boundary:
             blend = torch.from_numpy(1.0 / loops).to(self.seats.state)
@@ -267,26 +275,6 @@ class Runner:
 def _join(rows: Tensor | None, chunks: Sequence[Tensor]) -> Tensor:
     parts = [*([] if rows is None else [rows]), *chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _columns(
-    rows: Sequence[tuple[Request, Row]], chunks: Sequence[tuple[Request, Chunk]], *, boundary: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Seat, loop and position of every row of a launch; the loop is the one about to run."""
-    seats = [request.pages.seat for request, _ in rows if request.pages is not None]
-    loops = [BOUNDARY if boundary else row.loop + 1 for _, row in rows]
-    positions = [row.position for _, row in rows]
-    columns = [np.array(seats, dtype=np.int64), np.array(loops, dtype=np.int64), np.array(positions, dtype=np.int64)]
-    if not chunks:
-        return columns[0], columns[1], columns[2]
-    counts = [chunk.rows for _, chunk in chunks]
-    owners = [-1 if request.pages is None else request.pages.seat for request, _ in chunks]
-    depths = [BOUNDARY if boundary else chunk.loop + 1 for _, chunk in chunks]
-    return (
-        np.concatenate([columns[0], np.repeat(owners, counts)]),
-        np.concatenate([columns[1], np.repeat(depths, counts)]),
-        np.concatenate([columns[2], *(chunk.positions for _, chunk in chunks)]),
-    )
 
 
 def layout_of(model: LoopedLM) -> Layout:

@@ -4,12 +4,12 @@ import torch
 
 
 class Seats:
-    """State vectors of rows in flight, found by index."""
+    """State vectors of rows in flight, found by index. Seat 0 is nobody's: rows that only pad a launch have it."""
 
     def __init__(self, width: int, *, injected: bool, dtype: torch.dtype, device: torch.device) -> None:
         self.state = torch.zeros(16, width, dtype=dtype, device=device)
         self.injected = torch.zeros_like(self.state) if injected else None
-        self._free = list(range(15, -1, -1))
+        self._free = list(range(15, 0, -1))
 
     def take(self) -> int:
         if not self._free:
@@ -25,4 +25,4 @@ class Seats:
 
     @property
     def taken(self) -> int:
-        return len(self.state) - len(self._free)
+        return len(self.state) - 1 - len(self._free)

@@ -31,9 +31,11 @@ class PagePool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (pages * page, kv_heads, head_width)
         self.page = page
         self.pages = pages
+        self.nowhere = pages * page
+        """A slot behind all pages that no table points at: rows that only pad a launch write there."""
+        shape = (self.nowhere + 1, kv_heads, head_width)
         self.keys: dict[int, Float[Tensor, "slots kv_heads head_width"]] = {
             layer: torch.empty(shape, dtype=dtype, device=device) for layer in layers
         }
@@ -89,7 +91,7 @@ class PagePool:
             self._paged(self.values[layer])[index] = values.to(self.values[layer].device)
 
     def _paged(self, table: Tensor) -> Tensor:
-        return table.view(self.pages, self.page, *table.shape[1:])
+        return table[: self.nowhere].view(self.pages, self.page, *table.shape[1:])
 
 
 def page_bytes(layers: int, page: int, kv_heads: int, head_width: int, dtype: torch.dtype) -> int:

@@ -44,11 +44,13 @@ class FastAttention(Attention):
             return super().forward(x, rotary, plane)
         qkv = self.qkv(x)
         turned = self.heads + self.kv_heads
-        if not rotate_rows(qkv, *rotary, heads=turned, interleaved=self.rotary_layout == "interleaved"):
-            return super().forward(x, rotary, plane)
-        parts = qkv.view(len(x), -1, self.head_width)
-        q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        out: Tensor = self.out(plane.attend(self.layer, q, k, v).flatten(-2))
+        if rotate_rows(qkv, *rotary, heads=turned, interleaved=self.rotary_layout == "interleaved"):
+            parts = qkv.view(len(x), -1, self.head_width)
+            q, k, v = parts.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+            answers = plane.attend(self.layer, q, k, v)
+        else:
+            answers = self._attend(qkv, rotary, plane)
+        out: Tensor = self.out(answers.flatten(-2))
         return out
 
 

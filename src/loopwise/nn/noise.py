@@ -6,7 +6,7 @@ a result does not depend on batch mix, chunk size or device. Everything is int64
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from jaxtyping import Float64, Int
@@ -58,9 +58,15 @@ def _uniform(key: int | Tensor, counters: Sequence[Tensor]) -> Tensor:
 
 def truncated_normal(seed: int, domain: str, *counters: Int[Tensor, "..."], cut: float = 3.0) -> Float64[Tensor, "..."]:
     """Standard normal numbers cut at `cut` standard deviations, addressed like `uniform`."""
-    low = 0.5 * (1.0 + torch.erf(torch.tensor(-cut / 2**0.5, dtype=torch.float64)).item())
+    low = _chance_below(-cut)
     chance = low + (1.0 - 2.0 * low) * uniform(seed, domain, *counters)
     return torch.erfinv(2.0 * chance - 1.0) * 2**0.5
+
+
+@cache
+def _chance_below(number: float) -> float:
+    """Of a standard normal number."""
+    return 0.5 * (1.0 + torch.erf(torch.tensor(number / 2**0.5, dtype=torch.float64)).item())
 
 
 def gumbel(seed: int, domain: str, *counters: Int[Tensor, "..."]) -> Float64[Tensor, "..."]:

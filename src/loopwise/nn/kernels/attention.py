@@ -123,26 +123,46 @@ def gathered_attention(
     out = []
     for first, last, longest, together in _slices(rows.tolist(), lengths.tolist(), size, q.shape[1], most):
         part = slice(first, last)
+        if not together:
+            out.append(masked_attention(q[part], keys, values, table[rows[part], :longest], lengths[part], scale))
+            continue
         read = torch.arange(longest, device=q.device) < lengths[part, None]
-        if together:
-            # Every slot up to the longest is one that a row reads, so all of it is finite.
-            slots = table[rows[first], :longest][None]
-            queries, mask = q[part].transpose(0, 1)[None], read[None, None]
-        else:
-            # Beyond its length a table row may hold anything, and another's slot may hold what is not finite.
-            slots = torch.where(read, table[rows[part], :longest], table[rows[part], :1] * (lengths[part, None] > 0))
-            queries, mask = q[part, :, None], read[:, None, None]
-        found = F.scaled_dot_product_attention(
-            queries,
-            keys[slots].transpose(1, 2),
-            values[slots].transpose(1, 2),
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=q.shape[1] != keys.shape[1],
-        )
-        found = found[0].transpose(0, 1) if together else found[:, :, 0]
-        out.append(torch.where(lengths[part, None, None] > 0, found, 0))
+        # Every slot up to the longest is one that a row reads, so all of it is finite.
+        slots = table[rows[first], :longest][None]
+        found = _answer(q[part].transpose(0, 1)[None], keys[slots], values[slots], read[None, None], scale)
+        out.append(torch.where(lengths[part, None, None] > 0, found[0].transpose(0, 1), 0))
     return torch.cat(out)
+
+
+def masked_attention(
+    q: Float[Tensor, "rows heads head_width"],
+    keys: Float[Tensor, "slots kv_heads head_width"],
+    values: Float[Tensor, "slots kv_heads head_width"],
+    table: Int32[Tensor, "rows columns"],
+    lengths: Int[Tensor, " rows"],
+    scale: float | None = None,
+) -> Float[Tensor, "rows heads head_width"]:
+    """Row n attends over slots `table[n, :lengths[n]]`; a row of length 0 answers zeros.
+
+    No shape depends on a number in a tensor and the device is asked nothing, so a CUDA graph may hold it; for that, as
+    many slots are copied for each row as the table has columns.
+    """
+    read = torch.arange(table.shape[1], device=q.device) < lengths[:, None]
+    # Beyond its length a table row may hold anything, and another's slot may hold what is not finite.
+    slots = torch.where(read, table, table[:, :1] * (lengths[:, None] > 0))
+    found = _answer(q[:, :, None], keys[slots], values[slots], read[:, None, None], scale)
+    return torch.where(lengths[:, None, None] > 0, found[:, :, 0], 0)
+
+
+def _answer(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(
+        queries,
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=queries.shape[1] != keys.shape[2],
+    )
 
 
 def _slices(

@@ -98,24 +98,25 @@ def triton_attention(
     group = heads // kv_heads
     # Without neighbours there are as many tiles as rows.
     least = group if len(tiles) == count else max(group, TILE)
-    _attend[(len(tiles), kv_heads)](
-        q.contiguous(),
-        keys,
-        values,
-        table,
-        rows,
-        lengths,
-        tiles,
-        out,
-        scale,
-        keys.stride(0),
-        values.stride(0),
-        table.stride(0),
-        heads=heads,
-        group=group,
-        width=width,
-        padded=max(16, triton.next_power_of_2(width)),
-        queries=max(_SMALLEST, triton.next_power_of_2(least)),
-        block=_BLOCK,
-    )
+    with torch.cuda.device(q.get_device()):  # Triton launches on the current one; -1 changes nothing
+        _attend[(len(tiles), kv_heads)](
+            q.contiguous(),
+            keys,
+            values,
+            table,
+            rows,
+            lengths,
+            tiles,
+            out,
+            scale,
+            keys.stride(0),
+            values.stride(0),
+            table.stride(0),
+            heads=heads,
+            group=group,
+            width=width,
+            padded=max(16, triton.next_power_of_2(width)),
+            queries=max(_SMALLEST, triton.next_power_of_2(least)),
+            block=_BLOCK,
+        )
     return out
