@@ -4,11 +4,16 @@ import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from loopwise.engine.choosing import Draw, choose_batch, pick
+from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling
+from loopwise.loops.planes import parse_policy
+from loopwise.memory.paged import PagedMemory
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.nn.fast import FastAttention, FastGate, FastMLP, FastNorm, fast_model
 from loopwise.nn.gate import HazardGate
@@ -141,3 +146,21 @@ def test_a_fast_model_is_the_same_model(shape: str) -> None:
     found, wanted = (each(tokens, collect=("signals",)) for each in (twin, model))
     torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-11)
     torch.testing.assert_close(found.loop_signals, wanted.loop_signals, rtol=0, atol=1e-12)
+
+
+def test_where_no_kernel_serves_each_product_runs_once() -> None:
+    model = tiny("ouro")
+    twin = fast_model(model.bfloat16())
+    ran: list[nn.Module] = []
+    for module in twin.core.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, *_: ran.append(module))
+    memory = PagedMemory(
+        layout_of(model), parse_policy("per_loop"), planes=1, budget=2**20, seats=1, device=torch.device("cpu")
+    )
+    where = np.zeros(1, dtype=np.int64)
+    memory.bind(where, where + 1, where, torch.device("cpu"))
+    x, rotary = torch.randn(1, model.config.width).bfloat16(), model.rotary(torch.zeros(1, dtype=torch.long))
+    found = twin.core(x, rotary, memory)
+    torch.testing.assert_close(found, model.core(x, rotary, memory))
+    assert len(ran) == len(set(ran)) == 4 * len(twin.core)

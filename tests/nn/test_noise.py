@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopwise.nn.noise import _shift_right, gumbel, gumbel_by_key, seed_keys, truncated_normal, uniform
+from loopwise.nn.noise import _shift_right, gumbel, gumbel_by_key, seed_key, truncated_normal, uniform
 
 naive = runpy.run_path(str(Path(__file__).parents[1] / "models" / "naive_lm.py"))
 LARGE = st.integers(-(2**63), 2**63 - 1)
@@ -28,7 +28,7 @@ def test_equals_the_hash_in_python_integers(seed: int, counters: list[int]) -> N
 @given(st.lists(st.tuples(st.integers(-(2**70), 2**70), LARGE), min_size=1, max_size=5))
 def test_a_key_for_each_number_changes_none(addresses: list[tuple[int, int]]) -> None:
     counters, ids = torch.tensor([[counter] for _, counter in addresses]), torch.arange(7)
-    found = gumbel_by_key(seed_keys([seed for seed, _ in addresses], "test")[:, None], counters, ids)
+    found = gumbel_by_key(torch.tensor([seed_key(seed, "test") for seed, _ in addresses])[:, None], counters, ids)
     for (seed, _), counter, row in zip(addresses, counters, found, strict=True):
         assert torch.equal(row, gumbel(seed, "test", counter, ids))
 

@@ -25,7 +25,8 @@ from loopwise.engine.sampling import (
     rows_ahead,
 )
 from loopwise.nn.kernels.rows import pick_rows
-from loopwise.nn.noise import gumbel_by_key, seed_keys
+from loopwise.nn.noise import gumbel_by_key
+from loopwise.nn.place import placed
 
 _PREFIX = 512
 """Likeliest tokens among which filters are tried first: sorting a whole vocabulary takes several times as long."""
@@ -67,7 +68,7 @@ def choose_launched(
     if said is not None:
         return [Choice(token, logprob) for token, logprob in zip(*said, strict=True)]
     if len(jobs) < len(after):
-        after = after[torch.tensor([row.launched for _, row in jobs], device=runner.device)]
+        after = after[placed([row.launched for _, row in jobs], runner.device)]
     return choose_states(runner, jobs, after)
 
 
@@ -158,7 +159,7 @@ def _choose_rows(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> I
         (_choose_filtered, [i for i in sampled if rows[i].sampling.filters]),
     ):
         if places:
-            index = torch.tensor(places, device=logits.device)
+            index = placed(places, logits.device)
             tokens[index] = choose_rows(wide[index], [rows[i] for i in places])
     return tokens
 
@@ -173,15 +174,15 @@ def _adjust_rows(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> F
     marked = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
     if marked:
         counts = torch.tensor([len(rows[i].seen) for i in marked])
-        ids = torch.tensor([token for i in marked for token in rows[i].seen], dtype=torch.long, device=device)
+        ids = placed([token for i in marked for token in rows[i].seen], device, torch.long)
         penalties = torch.tensor([rows[i].sampling.repetition_penalty for i in marked], dtype=wide.dtype)
         index = (torch.tensor(marked).repeat_interleave(counts).to(device), ids)
         # A token that is seen twice is written twice, with the same number.
         wide[index] = penalised(wide[index], penalties.repeat_interleave(counts).to(device))
     biased = [(i, token, added) for i, row in enumerate(rows) for token, added in row.sampling.logit_bias]
     if biased:
-        where = torch.tensor([place[:2] for place in biased], device=device).unbind(1)
-        wide[where] += torch.tensor([place[2] for place in biased], dtype=wide.dtype, device=device)
+        where = (placed([i for i, _, _ in biased], device), placed([token for _, token, _ in biased], device))
+        wide[where] += placed([added for _, _, added in biased], device, wide.dtype)
     return wide
 
 
@@ -230,7 +231,7 @@ def _choose_filtered(logits: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) 
     survivors = count_survivors(ordered, settings, vocab)
     if width < vocab:
         end = ordered.gather(1, (survivors - 1).clamp(min=0)[:, None])[:, 0]
-        summed = torch.tensor([_sums_beyond(sampling, width, vocab) for sampling in settings], device=logits.device)
+        summed = placed([_sums_beyond(sampling, width, vocab) for sampling in settings], logits.device)
         unsure = (survivors == width) | (end <= ordered[:, -1]) | summed
     else:
         unsure = torch.zeros_like(survivors, dtype=torch.bool)
@@ -273,9 +274,9 @@ def _choose_among(
 
 def _noise(rows: Sequence[Draw], ids: Int[Tensor, "... ids"]) -> Float64[Tensor, "rows ids"]:
     """The noise of `choose` for these ids, (N, K), or (K,) when they are the same in every row."""
-    keys = seed_keys([row.sampling.seed for row in rows], "sampling").to(ids.device)
-    samples = torch.tensor([row.sample for row in rows], device=ids.device)
-    positions = torch.tensor([row.position for row in rows], device=ids.device)
+    keys = placed([row.sampling.key for row in rows], ids.device)
+    samples = placed([row.sample for row in rows], ids.device)
+    positions = placed([row.position for row in rows], ids.device)
     return gumbel_by_key(keys[:, None], samples[:, None], positions[:, None], ids)
 
 
@@ -288,6 +289,6 @@ def _likeliest(chances: Float[Tensor, "rows vocab"], rows: Sequence[Draw]) -> tu
     top_logprobs = chances.new_full(top_ids.shape, -math.inf)
     # One pass for each number that is wanted: how ties are broken must not depend on the other rows.
     for count in sorted(set(wanted) - {0}):
-        index = torch.tensor([i for i, number in enumerate(wanted) if number == count], device=chances.device)
+        index = placed([i for i, number in enumerate(wanted) if number == count], chances.device)
         top_logprobs[index, :count], top_ids[index, :count] = ordered_top(chances[index], count)
     return top_ids, top_logprobs

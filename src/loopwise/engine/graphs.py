@@ -27,6 +27,7 @@ from loopwise.memory.pages import PagePool
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.nn.kernels import tiles_wanted
 from loopwise.nn.kernels.launch import DRAW_NUMBERS, ROW_NUMBERS
+from loopwise.nn.place import send
 from loopwise.nn.rotary import Rotary
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -91,6 +92,8 @@ class GraphedRows:
         self._places: tuple[object, ...] = (None,) * 3
         self._replays: dict[tuple[Kind, int], Callable[[], None]] = {}
         self._capture = captures()
+        self.gated = model.gate is not None
+        """Whether a launch says `hazards`."""
         self.most = min(MOST, _pad(max(16, 2 * len(memory.tables))))
         self.find_weights()
 
@@ -104,6 +107,7 @@ class GraphedRows:
             return None
         return GraphedRows(model, memory, seats, partial(CudaCapture, device))
 
+    @torch.inference_mode()
     def loop(
         self, numbers: Sequence[int], rotary: Rotary
     ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
@@ -127,6 +131,7 @@ class GraphedRows:
         assert self._rows is not None
         return self._rows.hazards[:count]
 
+    @torch.inference_mode()
     def read(
         self, states: Float[Tensor, "launched width"], numbers: Sequence[int], rotary: Rotary
     ) -> Float[Tensor, "rows vocab"]:
@@ -144,6 +149,7 @@ class GraphedRows:
         self._launch(rows, "read", columns)
         return rows.logits[: columns.shape[1]]
 
+    @torch.inference_mode()
     def say(
         self,
         states: Float[Tensor, "launched width"],
@@ -168,8 +174,8 @@ class GraphedRows:
         if noisy:
             told, heats = np.zeros((NUMBERS, bucket), dtype=np.int64), np.zeros(bucket)
             told[:3, :count], heats[:count] = (key, sample, position), temperature
-            _send(told, rows.numbers(bucket))
-            _send(heats, rows.temperatures[:bucket])
+            send(told, rows.numbers(bucket))
+            send(heats, rows.temperatures[:bucket])
         replay()
         said = rows.said[:count].tolist()
         return [int(token) for token, _ in said], [chance for _, chance in said]
@@ -185,10 +191,10 @@ class GraphedRows:
         if pool is not None:
             tables, plane = self._memory.tables, loop if kind == "loop" else np.full_like(loop, BOUNDARY)
             longest = int(position.max()) + 1
-            _send(tables[owner, plane, :longest], rows.table[:count, :longest])
+            send(tables[owner, plane, :longest], rows.table[:count, :longest])
             told[3:, :count] = tables[owner, plane, position], position + 1
             told[3, count:] = pool.nowhere
-        _send(told, rows.numbers(bucket))
+        send(told, rows.numbers(bucket))
         replay()
 
     def _pool(self, kind: Kind) -> PagePool | None:
@@ -250,9 +256,3 @@ def _columns(numbers: Sequence[int]) -> Int[np.ndarray, "numbers rows"]:
 def _pad(count: int) -> int:
     """Rows of the graph that so many rows run in: a power of two."""
     return 1 << (count - 1).bit_length()
-
-
-def _send(numbers: np.ndarray, there: Tensor) -> None:
-    """Copy to a device without waiting for it. Pinned memory is not given out again before such a copy is over."""
-    here = torch.from_numpy(numbers)
-    there.copy_(here.pin_memory() if there.is_cuda else here, non_blocking=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loopwise.errors import ConfigError
 from loopwise.nn.noise import gumbel, seed_key
+from loopwise.nn.place import placed
 
 _AHEAD = 2**15
 """Numbers of noise that are drawn together."""
@@ -146,7 +147,7 @@ def heat(logits: Float[Tensor, "rows vocab"], settings: Sequence[Sampling]) -> F
 
 
 def _column(numbers: Sequence[int] | Sequence[float], device: torch.device) -> Float64[Tensor, "rows one"]:
-    return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]
+    return placed(numbers, device, torch.float64)[:, None]
 
 
 def count_survivors(
@@ -158,7 +159,7 @@ def count_survivors(
     unless top_k is beyond that part.
     """
     device, width = ordered.device, ordered.shape[1]
-    top_k = torch.tensor([min(sampling.top_k or vocab, vocab) for sampling in settings], device=device)
+    top_k = placed([min(sampling.top_k or vocab, vocab) for sampling in settings], device)
     top_p = _column([1.0 if sampling.top_p is None else sampling.top_p for sampling in settings], device)
     min_p = _column([sampling.min_p or 0.0 for sampling in settings], device)
     sums = ordered.cumsum(-1)

@@ -74,13 +74,8 @@ def gumbel(seed: int, domain: str, *counters: Int[Tensor, "..."]) -> Float64[Ten
     return -torch.log(-torch.log(uniform(seed, domain, *counters)))
 
 
-def seed_keys(seeds: Sequence[int], domain: str) -> Int[Tensor, " seeds"]:
-    """`seed_key` of each: for numbers whose seeds differ within one tensor."""
-    return torch.tensor([seed_key(seed, domain) for seed in seeds], dtype=torch.long)
-
-
 def gumbel_by_key(keys: Int[Tensor, "..."], *counters: Int[Tensor, "..."]) -> Float64[Tensor, "..."]:
-    """`gumbel` with a seed for each number: `keys`, made by `seed_keys`, broadcasts together with the counters."""
+    """`gumbel` with a seed for each number: `keys`, of `seed_key`, broadcasts together with the counters."""
     return -torch.log(-torch.log(_uniform(keys, counters)))
 
 
