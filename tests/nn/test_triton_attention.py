@@ -50,6 +50,17 @@ def test_neighbours_with_one_table_row_are_a_tile(rows: list[int], group: int, t
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("programs", "columns", "parts"),
+    [(8, 100, 1), (8, 256, 2), (8, 10**6, 32), (1, 10**6, 32), (64, 10**6, 4), (129, 10**6, 1), (3, 5000, 32)],
+)
+def test_few_programs_share_tiles_that_are_long(programs: int, columns: int, parts: int) -> None:
+    from loopwise.nn.kernels.triton_attention import share_tiles
+
+    assert share_tiles(programs, columns) == parts
+
+
+@needs_triton
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (6, 2, 20), (8, 1, 64)])
@@ -63,11 +74,11 @@ def test_the_kernel_equals_loops_written_out(
     given = case(lengths, rows, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype)
     tiles = cut_tiles(rows, heads // kv_heads)
     there = [each.to(DEVICE) for each in given]
-    found = triton_attention(*there, tiles.to(DEVICE), width**-0.5)
-    assert found.dtype == dtype
-    torch.testing.assert_close(
-        found.cpu().double(), naive_attention(*given, None), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
-    )
+    wanted = naive_attention(*given, None)
+    for parts in (1, 4, None):
+        found = triton_attention(*there, tiles.to(DEVICE), width**-0.5, parts)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.cpu().double(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     if DEVICE == "cuda":
         torch.testing.assert_close(paged_attention(*there), found)
 
