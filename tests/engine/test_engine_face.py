@@ -157,7 +157,8 @@ class TestAborts:
 class TestErrors:
     @pytest.fixture
     def broken(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
-        """An engine that fails in its 20th tick."""
+        """An engine that fails in its 20th tick, each of which is one loop."""
+        engine._core.solo = None
         turns = iter(range(19))
         tick = engine._core.tick
 

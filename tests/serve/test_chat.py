@@ -235,6 +235,7 @@ def test_drafts_are_told_while_streaming_and_change_nothing(model: LoopedLM) -> 
 
 def test_pace_gathers_tokens_into_fewer_events(model: LoopedLM) -> None:
     ask: dict[str, Any] = {"model": "talker", "messages": HELLO, "max_tokens": 60, "seed": 1, "stream": True}
+    ask |= {"logprobs": True, "top_logprobs": 1}  # so that every tick is one by itself
     counts = []
     for pace in (0.0, 1.0):
         with serving(model, pace=pace) as live, live.client() as client:

@@ -69,7 +69,7 @@ class TestAdmission:
 
     def test_promises_are_given_back_token_by_token(self, model: LoopedLM) -> None:
         with serving(model) as live, live.http() as http:
-            with http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as got:
+            with http.stream("POST", "/v1/completions", json=LONG | {"stream": True, "logprobs": 1}) as got:
                 lines = got.iter_lines()
                 for _ in range(40):
                     next(lines)

@@ -342,8 +342,8 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
 
 def draft_cost(model: LoopedLM, loops: int, context: int) -> Callable[[float], float]:
     """What a tick of n rows that are all read out costs the model, over a tick of plain decoding; see `one_request`."""
-    looped = measure_ticks(model, loops, context=context, read=False)
-    read = measure_ticks(model, loops, context=context)
+    looped = measure_ticks(model, loops, context=context, read=False, rounds=16)
+    read = measure_ticks(model, loops, context=context, rounds=16)
     plain = looped(1) + (read(1) - looped(1)) / loops
     return lambda rows: read(rows) / plain
 

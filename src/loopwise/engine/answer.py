@@ -1,7 +1,7 @@
 """An answer while it grows: tokens become certain text, and the end is noticed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.text import TextStream
@@ -71,6 +71,19 @@ class Emission:
     provisional: bool = False
     """Whether it is a draft, which another token may still replace at this place."""
 
+    def with_text(self, text: str) -> "Emission":
+        """The same with its text; `dataclasses.replace` would take several times as long."""
+        return Emission(
+            token=self.token,
+            loops=self.loops,
+            logprob=self.logprob,
+            text=text,
+            tops=self.tops,
+            signals=self.signals,
+            index=self.index,
+            provisional=self.provisional,
+        )
+
 
 class Answer:
     """Takes confirmed tokens one by one; says which of them may be given out, and when it is over.
@@ -131,6 +144,8 @@ class Answer:
             self.reason, self.over = "stop", True
         first = len(self._texts)
         self._texts += texts
+        if len(texts) == 1 and len(self._texts) == len(self.made):
+            return [emission.with_text(texts[0])]
         return _with_texts(self.made[first:], texts)
 
     def guess(self, token: int, *, loops: int, logprob: float, position: int) -> Emission:
@@ -171,4 +186,4 @@ class Answer:
 
 
 def _with_texts(made: Sequence[Emission], texts: Sequence[str]) -> list[Emission]:
-    return [replace(emission, text=text) for emission, text in zip(made, texts, strict=False)]
+    return [emission.with_text(text) for emission, text in zip(made, texts, strict=False)]

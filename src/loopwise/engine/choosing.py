@@ -72,6 +72,7 @@ def choose_launched(
     return choose_states(runner, jobs, after)
 
 
+@torch.inference_mode()
 def choose_states(
     runner: Runner, jobs: Sequence[tuple[Request, Row]], states: Float[Tensor, "rows width"]
 ) -> list[Choice]:

@@ -14,12 +14,13 @@ from loopwise.engine.answer import Emission
 from loopwise.engine.choosing import choose_launched, choose_states, draw
 from loopwise.engine.counts import Counts
 from loopwise.engine.depth import PromptDepth
-from loopwise.engine.judge import Judge
+from loopwise.engine.judge import Judge, speaking
 from loopwise.engine.plan import Plan
 from loopwise.engine.prompts import Prompts
 from loopwise.engine.request import Choice, Chunk, Request, Row, Stage
 from loopwise.engine.runner import Runner
 from loopwise.engine.scheduler import Scheduler
+from loopwise.engine.solo import Solo
 from loopwise.engine.speculation import Speculator
 from loopwise.memory.paged import BOUNDARY
 from loopwise.memory.prefix import PrefixCache
@@ -56,26 +57,67 @@ class Core:
         self._done = done
         self.judge = Judge(runner)
         self.prompts = Prompts(runner, prefix, depth=depth, identity=identity)
+        self.solo: Solo | None = Solo(runner)
+        """None to run every tick by itself."""
         self._window = 0
+        self._fills = self._policy.fills
         self._has_coda = bool(len(runner.model.coda))
 
-    @torch.inference_mode()
     def tick(self) -> bool:
         """Run everything that is ready for one loop; False when nothing was."""
         began, said = time.perf_counter(), self.counts.tokens
         self.scheduler.admit()
+        if self._run_alone():
+            if self.speculator is not None:
+                self.speculator.pace.took(time.perf_counter() - began, self.counts.tokens - said)
+            return True
         plan = self.scheduler.plan(self._choose_window)
         if plan.empty:
             return False
-        before, after = self.runner.launch(plan.rows, plan.chunks)
-        self._count(plan)
-        self._stop(self.judge.stopping(plan.rows, before, after), after)
-        self._read(plan.rows, after)
-        self._end_fills(plan.rows)
-        self._end_chunks(plan.chunks)
+        if self.runner.is_bare(plan.rows, plan.chunks):
+            self._run(plan)  # what there is of torch in it guards itself: a guard takes as long as all the judging
+        else:
+            with torch.inference_mode():
+                self._run(plan)
         if self.speculator is not None and not plan.chunks and len(self.scheduler.running) == 1:
             self.speculator.pace.took(time.perf_counter() - began, self.counts.tokens - said)
         return True
+
+    def _run(self, plan: Plan) -> None:
+        before, after = self.runner.launch(plan.rows, plan.chunks)
+        self.counts.add(ticks=1, rows=plan.total, draft_rows=plan.drafts, prompt_rows=plan.prompt_rows)
+        self._stop(self.judge.stopping(plan.rows, before, after), after)
+        self._read(plan.rows, after)
+        if self._fills:
+            self._end_fills(plan.rows)
+        if plan.chunks:
+            self._end_chunks(plan.chunks)
+
+    def _run_alone(self) -> bool:
+        """Several ticks of a request that has the engine to itself; False where they have to run one by one."""
+        running = self.scheduler.running
+        if self.solo is None or len(running) != 1 or not self.solo.serves(running[0]):
+            return False
+        request = running[0]
+        window = self._choose_window(1) if request.drafts else 0
+        stretch = self.solo.run(request, window, None if self.speculator is None else self.speculator.settings)
+        if stretch is None:
+            return False
+        self.counts.add(ticks=stretch.ticks, rows=stretch.rows, draft_rows=stretch.rows - stretch.ticks)
+        if self.speculator is not None:
+            self.speculator.started += stretch.started
+        for said in stretch.said:
+            self._learn(request, request.max_loops, said.settled, said.asked)
+            request.left.append(request.max_loops)
+            if not self._say(request, Choice(said.token, said.logprob), request.max_loops, ()):
+                break  # what came after a stop text is forgotten
+        return True
+
+    def _learn(self, request: Request, loops: int, settled: int, asked: bool) -> None:
+        """A token became certain after `loops` loops, and the next row had started after `settled` of them."""
+        if self.speculator is not None and self._window and request.drafts:
+            asked = asked or loops <= self.speculator.settings.draft_loop
+            self.speculator.learn(loops=loops, settled=settled, asked=asked)
 
     def _choose_window(self, rows: int) -> int:
         self._window = 0 if self.speculator is None else self.speculator.window(rows)
@@ -85,38 +127,31 @@ class Core:
         """These rows answer from the loop that they have just run."""
         for request, row in rows:
             row.left = row.loop
-            if self._policy.fills and row.loop < request.max_loops and row.position > len(request.left):
+            if not self._fills:
+                if request.pages is not None:
+                    self._memory.settle(request.pages, row.position, row.left, generated=True)
+            elif row.loop < request.max_loops and row.position > len(request.left):
                 row.left_state = after[row.launched].clone()
-            if not self._policy.fills and request.pages is not None:
-                self._memory.settle(request.pages, row.position, row.left, generated=True)
 
     # What rows say
 
     def _read(self, rows: Sequence[tuple[Request, Row]], after: Float[Tensor, "rows width"]) -> None:
         """Read every row that stopped or that may start the next position; confirm what is certain."""
-        jobs = [(request, row) for request, row in rows if self._speaks(request, row)]
-        if jobs:
-            for (request, row), choice in zip(jobs, choose_launched(self.runner, jobs, after), strict=True):
-                if row.seat < 0:
-                    continue  # dropped meanwhile: an earlier row of its request became certain and disagreed
-                if row.left and row.position == len(request.left):
-                    self._confirm(request, row, choice)
-                else:
-                    self._draft(request, row, choice)
-        self._cascade([request for request, _ in jobs])
-
-    def _speaks(self, request: Request, row: Row) -> bool:
-        ahead = row.position - len(request.left)
-        if ahead < 0:
-            return False  # it has answered and only fills its planes
-        if row.left and ahead == 0:
-            return True
-        settings = None if self.speculator is None or not request.drafts else self.speculator.settings
-        if settings is None or row.position >= request.last_row or ahead + 1 > self._window:
-            return False
-        if row.left:
-            return row.left == row.loop  # later loops only fill planes
-        return row.loop == settings.draft_loop or (settings.redraft and row.loop > settings.draft_loop)
+        drafting = None if self.speculator is None else self.speculator.settings
+        jobs = speaking(rows, drafting, self._window)
+        if not jobs:
+            return
+        certain: list[Request] = []
+        for (request, row), choice in zip(jobs, choose_launched(self.runner, jobs, after), strict=True):
+            if row.seat < 0:
+                continue  # dropped meanwhile: an earlier row of its request became certain and disagreed
+            if row.left and row.position == len(request.left):
+                self._confirm(request, row, choice)
+                certain.append(request)
+            else:
+                self._draft(request, row, choice)
+        if certain:
+            self._cascade(certain)
 
     def _draft(self, request: Request, row: Row, choice: Choice) -> None:
         """Start the next position from what a row seems about to say, or anew if it changed its mind."""
@@ -125,13 +160,14 @@ class Core:
         # With a coda the last word waits until the codas of all earlier positions are final.
         if row.left and not self._has_coda:
             row.spare = choice
-        place = request.flight.index(row) + 1
-        if place < len(request.flight):
-            if request.flight[place].token == choice.token:
+        flight = request.flight
+        place = row.position - flight[0].position + 1
+        if place < len(flight):
+            if flight[place].token == choice.token:
                 return
             self.drop(request, place)
         if choice.token not in request.answer.ends:
-            request.flight.append(Row(row.position + 1, choice.token))
+            flight.append(Row(row.position + 1, choice.token))
             if request.provisional:
                 guess = request.answer.guess(
                     choice.token, loops=row.loop, logprob=choice.logprob, position=row.position + 1
@@ -145,12 +181,7 @@ class Core:
         place = row.position - request.flight[0].position + 1
         after = request.flight[place] if place < len(request.flight) else None
         kept = after is not None and after.token == choice.token
-        if self.speculator is not None and self._window and request.drafts:
-            self.speculator.learn(
-                loops=row.left,
-                settled=row.left - after.loop if after is not None and kept else row.left,
-                asked=row.asked or row.left <= self.speculator.settings.draft_loop,
-            )
+        self._learn(request, row.left, row.left - after.loop if after is not None and kept else row.left, row.asked)
         request.left.append(row.left)
         if not self._say(request, choice, row.left, row.signals):
             return
@@ -228,9 +259,9 @@ class Core:
 
     def drop(self, request: Request, place: int) -> None:
         """Forget the rows of a request's flight from an index on, and the pages that only they needed."""
-        rows = request.flight[place:]
-        if not rows:
+        if place >= len(request.flight):
             return
+        rows = request.flight[place:]
         del request.flight[place:]
         self.judge.forget([(request, row) for row in rows])
         for row in rows:
@@ -238,7 +269,7 @@ class Core:
                 self.runner.seats.give(row.seat)
                 row.seat = -1
         if request.pages is not None:
-            self._memory.trim(request.pages, rows[0].position)
+            self._memory.trim(request.pages, rows[0].position, rows[-1].position)
 
     def end(self, request: Request) -> None:
         """A request is over, or nobody wants it any more: publish what others may use, give back everything."""
@@ -249,14 +280,6 @@ class Core:
         self.drop(request, 0)
         self.scheduler.leave(request)
         self._done(request)
-
-    # Bookkeeping
-
-    def _count(self, plan: Plan) -> None:
-        self.counts.ticks += 1
-        self.counts.rows += plan.total
-        self.counts.prompt_rows += plan.prompt_rows
-        self.counts.draft_rows += plan.drafts
 
     def check_idle(self) -> None:
         """See that nothing leaked while nothing runs.

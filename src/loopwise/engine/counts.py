@@ -18,3 +18,10 @@ class Counts:
     """Tokens emitted."""
     loops: Counter[int] = field(default_factory=Counter)
     """Emitted tokens by the loops of the row that emitted them."""
+
+    def add(self, *, ticks: int, rows: int, draft_rows: int, prompt_rows: int = 0) -> None:
+        """Launches that have run."""
+        self.ticks += ticks
+        self.rows += rows
+        self.draft_rows += draft_rows
+        self.prompt_rows += prompt_rows

@@ -154,13 +154,13 @@ class Engine:
         return self._thread is not None
 
     def tick(self) -> bool:
-        """Run everything that is ready for one loop; False when there is nothing to do. Not while a thread drives."""
+        """Run everything that is ready for one loop, or one request alone for some milliseconds; False when nothing is.
+
+        Not while a thread drives.
+        """
         with self._ticking:  # without a thread of the engine's own, several waiting threads may drive it in turn
-            while True:
-                try:
-                    kind, request = self._inbox.get_nowait()
-                except queue.Empty:
-                    break
+            while not self._inbox.empty():  # nobody else takes anything out
+                kind, request = self._inbox.get_nowait()
                 if request.stage is Stage.DONE:
                     continue
                 if kind == "submit":

@@ -1,11 +1,10 @@
-"""Launches of few rows on a CPU: one loop in one call, and what rows say in another (`nn/kernels/launch.cpp`).
+"""Launches of few rows on a CPU: one loop in one call, what rows say in another (`nn/kernels/launch.cpp`).
 
 For few rows most of a tick is the time that starting operations takes. What cannot be had this way (another device or
 dtype, prompts, codas, filters) the runner does with the model's own modules, which are the reference.
 """
 
 import ctypes
-from array import array
 from collections.abc import Sequence
 from struct import Struct
 
@@ -24,14 +23,17 @@ from loopwise.nn.kernels.launch import (
     INJECTIONS,
     LAYER_POINTERS,
     LAYER_WEIGHTS,
+    ROW,
     ROW_NUMBERS,
     CoreShape,
     LaunchKernels,
+    SoloShape,
     load_launch_kernels,
 )
 from loopwise.nn.kernels.linear import FEW_ROWS, FewRowsLinear
 from loopwise.nn.rotary import Rotary
 
+_ROWS = [Struct(ROW * count) for count in range(FEW_ROWS + 1)]
 _DRAWS = [Struct(DRAW * count) for count in range(FEW_ROWS + 1)]
 
 
@@ -92,10 +94,13 @@ class FewRows:
         self._before = seats.state.new_zeros(FEW_ROWS, config.width)
         self._after = torch.zeros_like(self._before)
         self._views = [(self._before[:count], self._after[:count]) for count in range(FEW_ROWS + 1)]
-        self._places = self._before.data_ptr(), self._after.data_ptr()
+        self._rows = ctypes.create_string_buffer(_ROWS[FEW_ROWS].size)
         self._hazards = (ctypes.c_double * FEW_ROWS)()
         self._draws = ctypes.create_string_buffer(_DRAWS[FEW_ROWS].size)
         self._tokens, self._chances = (ctypes.c_int64 * FEW_ROWS)(), (ctypes.c_double * FEW_ROWS)()
+        self._shape.before, self._shape.after = self._before.data_ptr(), self._after.data_ptr()
+        for name in ("rows", "hazards", "draws", "tokens", "chances"):
+            setattr(self._shape, name, ctypes.addressof(getattr(self, f"_{name}")))
         self.begins = not len(model.prelude) and not len(model.coda) and config.start != "normal"
         """Whether a loop can begin with a token, where nothing asks for another start state."""
         self.says = not len(model.coda)
@@ -128,11 +133,8 @@ class FewRows:
         """
         count = len(numbers) // ROW_NUMBERS
         self._find(rotary)
-        rows = array("q", numbers)
-        sound = self._kernels.loop(
-            *(self._at, rows.buffer_info()[0], count, *self._places, self._hazards, torch.get_num_threads())
-        )
-        if not sound:
+        _ROWS[count].pack_into(self._rows, 0, *numbers)
+        if not self._kernels.loop(self._at, count, torch.get_num_threads()):
             raise IndexError("a row points outside the tables or the pool of pages")
         return self._views[count]
 
@@ -151,10 +153,14 @@ class FewRows:
         """
         count = len(numbers) // DRAW_NUMBERS
         _DRAWS[count].pack_into(self._draws, 0, *numbers)
-        self._kernels.say(
-            *(self._at, states.data_ptr(), self._draws, count, self._tokens, self._chances, torch.get_num_threads())
-        )
+        self._kernels.say(self._at, states.data_ptr(), count, torch.get_num_threads())
         return self._tokens[:count], self._chances[:count]
+
+    def run_alone(self, shape: SoloShape, rotary: Rotary) -> None:
+        """Ticks of one request alone, see `engine/solo.py`; `shape` says which and is told what became of it."""
+        self._find(rotary)
+        if not self._kernels.alone(self._at, ctypes.addressof(shape), torch.get_num_threads()):
+            raise IndexError("a row points outside the tables or the pool of pages")
 
     def _find(self, rotary: Rotary) -> None:
         """Note where everything lies that may have moved since the last call."""

@@ -1,4 +1,4 @@
-"""Which rows stop after a launch: exit rules asked for many rows of many requests at once."""
+"""Which rows stop after a launch, and which are read: exit rules asked for many rows of many requests at once."""
 
 import copy
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loopwise.engine.request import Request, Row
 from loopwise.engine.runner import Runner
+from loopwise.engine.speculation import Speculation
 from loopwise.loops.exits import ExitRule, Fixed, Hazard, Observation, Tracker
 from loopwise.loops.hazard import widen
 
@@ -21,6 +22,44 @@ def planned_exit(request: Request, position: int) -> int | None:
     if isinstance(request.rule, Fixed):
         return min(max(request.rule.count, request.sampling.min_loops), request.max_loops)
     return None
+
+
+def speaking(
+    rows: Sequence[tuple[Request, Row]], drafting: Speculation | None, window: int
+) -> list[tuple[Request, Row]]:
+    """The rows of a launch whose answer is certain now, and those that may start the next position.
+
+    Args:
+        drafting: how drafts are made, if at all.
+        window: drafts that may run ahead of a request's first row that goes on.
+    """
+    jobs: list[tuple[Request, Row]] = []
+    whose, last = None, -1
+    for job in rows:
+        request, row = job
+        certain = len(request.left)
+        if row.position < certain:
+            continue  # it has answered and only fills its planes
+        if row.left and row.position == certain:
+            jobs.append(job)
+            continue
+        if drafting is None or not window or not request.drafts:
+            continue
+        if request is not whose:
+            whose, last = request, _last_drafting(request, window)
+        # Once a row has stopped, later loops only fill planes.
+        reads = row.left == row.loop if row.left else drafting.reads(row.loop)
+        if reads and row.position <= last:
+            jobs.append(job)
+    return jobs
+
+
+def _last_drafting(request: Request, window: int) -> int:
+    """The last position whose readout may start the next one."""
+    for row in request.flight:
+        if not row.left:
+            return min(row.position + window, request.last_row) - 1
+    return request.last_row - 1
 
 
 class Bench:
@@ -161,17 +200,21 @@ class Judge:
         """
         open_rows: dict[ExitRule, list[tuple[Request, Row]]] = {}
         stopped: list[tuple[Request, Row]] = []
-        for request, row in rows:
+        noted: list[Row] = []
+        for job in rows:
+            request, row = job
             if row.left:
                 continue
-            planned = planned_exit(request, row.position)
-            if row.loop >= (request.max_loops if planned is None else planned):
-                stopped.append((request, row))
-            elif planned is None:
-                open_rows.setdefault(request.rule, []).append((request, row))
-        noted = [row for request, row in rows if request.signals and not row.left]
+            if request.signals:
+                noted.append(row)
+            if not row.planned:
+                row.planned = planned_exit(request, row.position) or -1
+            if row.loop >= (row.planned if row.planned > 0 else request.max_loops):
+                stopped.append(job)
+            elif row.planned < 0:
+                open_rows.setdefault(request.rule, []).append(job)
         values = None
-        if noted or any("signal" in rule.needs for rule in open_rows):
+        if noted or (open_rows and any("signal" in rule.needs for rule in open_rows)):
             values = self._runner.signals(after)
         if noted and values is not None:
             for row in noted:
@@ -188,6 +231,7 @@ class Judge:
             stopped += leaving
         return stopped
 
+    @torch.inference_mode()
     def _ask(
         self,
         rule: ExitRule,
@@ -218,6 +262,8 @@ class Judge:
 
     def forget(self, rows: Sequence[tuple[Request, Row]]) -> None:
         """Rows that stopped or were dropped need no exit rule any more."""
+        if not self._benches:
+            return
         by_rule: dict[ExitRule, list[Row]] = {}
         for request, row in rows:
             if row.watched:

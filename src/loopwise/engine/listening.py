@@ -39,7 +39,7 @@ class ListeningEngine(Engine):
         self.busy_seconds = 0.0
         """Time spent in ticks that had something to run."""
         self.rows_per_tick = [0] * (len(ROWS) + 1)
-        """Ticks by their number of rows, at most each of `ROWS`, then more."""
+        """Ticks by their number of rows, at most each of `ROWS`, then more; the mean where one call ran several."""
         self._news: list[News] = []
 
     @property
@@ -50,7 +50,7 @@ class ListeningEngine(Engine):
     def tick(self) -> bool:
         """As `Engine.tick`; the listener hears what it brought."""
         counts = self._core.counts
-        rows, began = counts.rows, time.perf_counter()
+        ticks, rows, began = counts.ticks, counts.rows, time.perf_counter()
         try:
             busy = super().tick()
         except BaseException:
@@ -63,7 +63,8 @@ class ListeningEngine(Engine):
                     self.listener(news)
         if busy:
             self.busy_seconds += time.perf_counter() - began
-            self.rows_per_tick[bisect.bisect_left(ROWS, counts.rows - rows)] += 1
+            ran = counts.ticks - ticks
+            self.rows_per_tick[bisect.bisect_left(ROWS, (counts.rows - rows) / ran)] += ran
         return busy
 
     def _deliver(self, request: Request, emissions: list[Emission]) -> None:

@@ -9,7 +9,7 @@ from loopwise.engine.request import Chunk, Request, Row
 from loopwise.memory.paged import BOUNDARY
 
 
-@dataclass
+@dataclass(slots=True)
 class Plan:
     """What one tick runs."""
 
@@ -28,7 +28,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return len(self.rows) + self.prompt_rows
+        return len(self.rows) + self.prompt_rows if self.chunks else len(self.rows)
 
     def drop(self, request: Request) -> None:
         """Take out a request that had to step aside after it was planned."""

@@ -64,6 +64,9 @@ class Row:
     """Loops that have run."""
     left: int = 0
     """The loop after which it stopped; 0 while that is open."""
+    planned: int = 0
+    """The loop after which it will stop, where that is known before it runs; -1 where its rule is asked, 0 before its
+    first loop."""
     asked: bool = False
     """Whether it was read from the first draft loop on."""
     spare: Choice | None = None
@@ -148,6 +151,8 @@ class Request:
     signals: bool = False
     """Whether the model's signal after each loop is told."""
     replay: Replay | None = None
+    solo: bool | None = None
+    """Whether it can run many ticks in one call when it is alone (`engine/solo.py`); None until asked."""
     number: int = field(default_factory=lambda: next(_numbers))
     """Rises with every request: who came first."""
 
@@ -182,7 +187,7 @@ class Request:
     def settled(self) -> int:
         """Leading positions that have written all they will ever write."""
         if self.flight:
-            return self.flight[0].position
+            return min(self.flight[0].position, len(self.left))
         return self.cursor if not self.prompt_done else len(self.left)
 
     @property

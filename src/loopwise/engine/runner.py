@@ -43,6 +43,7 @@ class Runner:
         self._few: FewRows | GraphedRows | None = FewRows.of(*served) or GraphedRows.of(*served)
         self._hazards: list[float] | Float[Tensor, " rows"] | None = None
         """What the gate said after the last launch, where that is known already."""
+        self._gated = model.gate is not None
         self._positions = 256
         self._rotary = model.rotary(torch.arange(self._positions, device=self.device))
         self._position_free = memory.boundary is None and model.config.start != "normal"
@@ -55,21 +56,30 @@ class Runner:
     ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
         """Begin what has not begun, then one loop of everything, each at its own; states of `rows` before and after."""
         self._hazards = None
-        fresh = [(request, row) for request, row in rows if not row.started]
         few = self._few
         if few is not None and chunks:
             few.find_weights()
         if few is None or chunks or len(rows) > few.most:
+            fresh = [(request, row) for request, row in rows if not row.started]
             self.encode(fresh, [(request, chunk) for request, chunk in chunks if chunk.state is None])
             return self.loop(rows, chunks)
-        begun = [(request, row) for request, row in fresh if not few.begins or request.sampling.start is not None]
-        if begun:
-            self.encode(begun, [])
         return self._loop_few(few, rows)
+
+    @property
+    def few(self) -> FewRows | None:
+        """Launches of few rows in one call on a CPU; None where they cannot be had."""
+        return self._few if isinstance(self._few, FewRows) else None
+
+    def is_bare(self, rows: Sequence[tuple[Request, Row]], chunks: Sequence[tuple[Request, Chunk]]) -> bool:
+        """Whether torch has no part in a launch of these."""
+        return not chunks and isinstance(self._few, FewRows) and len(rows) <= self._few.most
 
     def _loop_few(
         self, few: FewRows | GraphedRows, rows: Sequence[tuple[Request, Row]]
     ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
+        begun = [job for job in rows if not (job[1].started or (few.begins and job[0].sampling.start is None))]
+        if begun:
+            self.encode(begun, [])
         numbers: list[int] = []
         last = 0
         for number, (request, row) in enumerate(rows):
@@ -77,13 +87,16 @@ class Runner:
             token = -1
             if not row.started:
                 row.seat, row.started, token = self.seats.take(), True, row.token
-            row.loop += 1
+            row.loop = loop = row.loop + 1
             row.launched = number
-            last = max(last, row.position)
-            numbers += (row.seat, token, request.pages.seat, row.loop, row.position)
-        self._reach(last)
+            position = row.position
+            if position > last:
+                last = position
+            numbers += (row.seat, token, request.pages.seat, loop, position)
+        if last >= self._positions:
+            self._reach(last)
         states = few.loop(numbers, self._rotary)
-        if self.model.gate is not None:
+        if self._gated:
             self._hazards = few.hazards(len(rows))
         return states
 
@@ -117,6 +130,7 @@ class Runner:
         signal = self.model.signal(states, None)
         return None if signal is None else signal.tolist()
 
+    @torch.inference_mode()
     def encode(self, rows: Sequence[tuple[Request, Row]], chunks: Sequence[tuple[Request, Chunk]]) -> None:
         """Embeddings, prelude and start states of rows and chunks that begin."""
         if not rows and not chunks:
@@ -264,6 +278,11 @@ class Runner:
         """Tables of these positions, looked up."""
         self._reach(last)
         return Rotary(self._rotary.cos[positions], self._rotary.sin[positions])
+
+    def rotary_to(self, last: int) -> Rotary:
+        """Tables of all positions up to one."""
+        self._reach(last)
+        return self._rotary
 
     def _reach(self, last: int) -> None:
         """Make the tables long enough for a position."""

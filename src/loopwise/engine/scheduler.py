@@ -47,6 +47,7 @@ class Scheduler:
         self._rows = rows
         self._identity = identity
         self._drop = drop
+        self._fills = memory.policy.fills
         self._turn = 0
         self._refused: tuple[int, ...] = ()
         """What was known when the first of those who wait did not fit."""
@@ -172,37 +173,35 @@ class Scheduler:
         # What has begun goes on in lock-step, so it has its places before anything new is given any.
         plan.chunks = [(request, request.chunk) for request in turns if request.chunk is not None]
         for request in turns:
-            self._plan_rows(plan, request)
-            self._begin_chunk(plan, request)
+            if request.flight:
+                self._plan_flight(plan, request, 0, request.frontier + 1, request.max_loops, patient=False)
+            if request.cursor < len(request.prompt) and request.chunk is None:
+                self._begin_chunk(plan, request)
         base = plan.total
         ahead = window(base)
         if ahead:
             planned = {id(row) for _, row in plan.rows}
             for request in turns:
-                self._plan_drafts(plan, request, ahead, planned)
+                if request.drafts and request.flight:
+                    self._plan_drafts(plan, request, ahead, planned)
             plan.drafts = plan.total - base
         return plan
 
     def _turns(self) -> list[Request]:
         """Running requests; whose turn is first changes, so that a small budget starves nobody."""
-        if not self.running:
-            return []
+        if len(self.running) < 2:
+            return self.running.copy()
         self._turn = (self._turn + 1) % len(self.running)
         return self.running[self._turn :] + self.running[: self._turn]
 
-    def _plan_rows(self, plan: Plan, request: Request) -> None:
-        """Rows up to the frontier."""
-        if request.stage is Stage.RUNNING and request.flight:
-            self._plan_flight(plan, request, 0, request.frontier + 1, request.max_loops, patient=False)
-
     def _plan_drafts(self, plan: Plan, request: Request, ahead: int, planned: Set[int]) -> None:
         """The drafts behind the frontier; `planned` are the ids of the rows that run in any case."""
-        if request.stage is not Stage.RUNNING or not request.flight:
-            return
-        first, row = request.frontier + 1, request.flight[request.frontier]
-        # No row before the frontier has fewer loops behind it.
-        finished = request.max_loops if self._rests(request, row) else row.loop + (id(row) in planned)
-        self._plan_flight(plan, request, first, first + ahead, finished, patient=True)
+        first = request.frontier + 1
+        if first < len(request.flight):
+            row = request.flight[first - 1]
+            # No row before the frontier has fewer loops behind it.
+            finished = request.max_loops if self._rests(request, row) else row.loop + (id(row) in planned)
+            self._plan_flight(plan, request, first, first + ahead, finished, patient=True)
 
     def _plan_flight(
         self, plan: Plan, request: Request, first: int, last: int, finished: int, *, patient: bool
@@ -212,23 +211,25 @@ class Scheduler:
         Args:
             finished: loops that the position before has finished once this launch is over.
         """
+        if request.stage is not Stage.RUNNING:
+            return  # it had to step aside while others were planned
         for row in request.flight[first:last]:
-            rests, busy = self._rests(request, row), False
-            if not rests and row.loop + 1 <= finished and plan.total < self._rows:
+            if self._rests(request, row):
+                continue
+            done = row.loop
+            if done < finished and plan.total < self._rows:
                 if not self._give_pages(plan, request, row, patient=patient):
                     return
                 plan.rows.append((request, row))
-                busy = True
-            finished = min(finished, request.max_loops if rests else row.loop + busy)
+                done += 1
+            finished = min(finished, done)
 
     def _rests(self, request: Request, row: Row) -> bool:
         """Whether a row has no loop left to run."""
-        if row.left and not self.memory.policy.fills:
-            return True
-        return row.loop == request.max_loops
+        return row.loop == request.max_loops or (row.left > 0 and not self._fills)
 
     def _begin_chunk(self, plan: Plan, request: Request) -> None:
-        if request.stage is not Stage.RUNNING or request.prompt_done or request.chunk is not None:
+        if request.stage is not Stage.RUNNING:
             return
         remaining = len(request.prompt) - request.cursor
         room = min(self._chunk - plan.prompt_rows, self._rows - plan.total)
@@ -250,9 +251,8 @@ class Scheduler:
         """Pages for what a row writes next, and its table entries. A patient row never drives others out."""
         assert request.pages is not None
         memory, generated = self.memory, row.position >= len(request.prompt)
-        loop = row.loop + 1
-        writes = [] if row.started or memory.boundary is None else [BOUNDARY]
-        for target in (*writes, loop):
+        writes = () if row.started or memory.boundary is None else (BOUNDARY,)
+        for target in (*writes, row.loop + 1):
             if memory.point(request.pages, target, row.position, generated=generated):
                 continue
             plane = target if target == BOUNDARY else memory.policy.store(target, memory.planes, generated=generated)

@@ -52,6 +52,10 @@ class Speculation:
                 f"{MOST} or None"
             )
 
+    def reads(self, loop: int) -> bool:
+        """Whether a row is read after this loop."""
+        return loop == self.draft_loop or (self.redraft and loop > self.draft_loop)
+
     def __str__(self) -> str:
         return f"{self.draft_loop}" if self.redraft else f"{self.draft_loop}:once"
 
@@ -195,9 +199,6 @@ class Speculator:
             return self.settings.window
         if rows == 0 or (rows == 1 and not self.pace.drafting):
             return 0
-        if abs(self.flight - self._flight) > 0.02 * self._flight:
-            self._flight = self.flight
-            self._windows.clear()
         if rows not in self._windows:
             self._windows[rows] = self._weigh(rows)
         return self._windows[rows]
@@ -239,6 +240,10 @@ class Speculator:
         self.settled[settled] += 1
         self._loops += 0.05 * (loops - self._loops)
         self._settles += 0.05 * (settled - self._settles)
+        flight = self.flight
+        if abs(flight - self._flight) > 0.02 * self._flight:
+            self._flight = flight
+            self._windows.clear()
 
     @property
     def acceptance(self) -> float:

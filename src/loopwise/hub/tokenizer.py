@@ -366,7 +366,8 @@ class StreamDecoder:
         """The text that this id completes; empty in the middle of a character."""
         if self._skip_special and self._tokenizer.is_special(index):
             return ""
-        return self._shown(self._utf8.decode(self._tokenizer.token_bytes(index)))
+        text = self._utf8.decode(self._tokenizer.token_bytes(index))
+        return self._shown(text) if self._strip else text
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for the bytes of an unfinished character."""

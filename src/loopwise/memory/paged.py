@@ -164,9 +164,11 @@ class PagedMemory:
             self.pool(plane).release(have[index])
             have[index] = -1
 
-    def trim(self, pages: PageList, length: int) -> None:
-        """Give back the pages that lie wholly behind the first `length` positions."""
-        keep = -(-length // self.layout.page)
+    def trim(self, pages: PageList, first: int, last: int) -> None:
+        """Give back the pages on which none but positions `first` to `last`, the last that there are, have a place."""
+        keep = -(-first // self.layout.page)
+        if last // self.layout.page < keep:
+            return
         for plane, have in pages.planes.items():
             for page in have[keep:]:
                 if page >= 0:
@@ -197,8 +199,21 @@ class PagedMemory:
         self._table[pages.seat, self._readers[loop, generated], position] = have[index] * self.layout.page + offset
         return True
 
+    def write_every(self, pages: PageList, loops: int, first: int, last: int) -> None:
+        """`write_at` for loops 1 to `loops`, under a policy that has a plane for each loop."""
+        self.reach(last)
+        size = self.layout.page
+        begin, end = first // size, last // size + 1
+        starts = np.array([pages.planes[plane][begin:end] for plane in range(1, loops + 1)]) * size
+        slots = (starts[:, :, None] + np.arange(size)).reshape(loops, -1)
+        offset = first - begin * size
+        table = self._table[pages.seat]
+        table[1 : loops + 1, first : last + 1] = slots[:, offset : offset + last + 1 - first]
+
     def settle(self, pages: PageList, position: int, left: int, *, generated: bool) -> None:
         """A position stopped after loop `left`: readers of planes that it never wrote find its last."""
+        if left == self.planes:
+            return  # there are none
         self._table[pages.seat, self._alias[left, generated], position] = self._table[pages.seat, left, position]
 
     def settle_many(self, pages: PageList, positions: Int[np.ndarray, " stopped"], left: int) -> None:

@@ -1,9 +1,12 @@
-// A launch of a few rows as one call: start states and one loop of the core; and another call for what rows say.
+// A launch of a few rows as one call: start states and one loop of the core; another call for what rows say; and one that
+// runs both again and again for one request alone, drafts included.
 //
 // What stands in cpu.cpp and rows.cpp, called one after the other: between two of torch's operations the host takes
 // longer than few rows take in either. This file is the one that is compiled.
 //
 // Axes: N rows, D width, H heads, G key-value heads, K head width, M features of the MLP, V vocabulary.
+
+#include <chrono>
 
 #include "cpu.cpp"
 #include "rows.cpp"
@@ -18,6 +21,19 @@ template <typename T> struct Layer {
 
 enum Injection : int64_t { NONE, ADD, ADAPTER };
 
+// One row of a launch: where its state lies, the token that it begins with (-1 if it has begun), and what it reads.
+struct Row {
+    int64_t seat, token, sequence, plane, position;
+};
+
+// How the token of one row is chosen: the likeliest at temperature 0, otherwise with addressed noise.
+struct Draw {
+    int64_t place;  // of its state
+    int64_t tells;  // whether its log-probability is wanted
+    int64_t key, sample, position;
+    double temperature;
+};
+
 // A looped model without what stands before and after its loops, and the tables that its rows are found in.
 template <typename T> struct Core {
     int64_t width, heads, kv_heads, head_width, mlp_width, vocab;
@@ -29,11 +45,14 @@ template <typename T> struct Core {
     const T *cos, *sin;      // (positions, K / 2)
     const int32_t* table;    // (sequences, planes, capacity)
     T *states, *injected;    // (seats, D)
-};
-
-// One row of a launch: where its state lies, the token that it begins with (-1 if it has begun), and what it reads.
-struct Row {
-    int64_t seat, token, sequence, plane, position;
+    // Of a call of `loop`: its rows, their states before and after, and what the gate says of them.
+    Row* rows;
+    T *before, *after;
+    double* hazards;
+    // Of a call of `say`: what is asked, tokens and log-probabilities.
+    Draw* draws;
+    int64_t* tokens;
+    double* chances;
 };
 
 template <typename T> void add_rows(T* x, const T* more, int64_t count) {
@@ -141,10 +160,11 @@ template <typename T> void inject(const Core<T>& c, const Row* rows, const T* be
     for (int64_t n = 0; n < N && c.adapter_bias; ++n) add_rows(x + n * D, c.adapter_bias, D);
 }
 
-// One loop of N rows, from their seats and back; `before` and `after` hold their states, `hazards` what the gate says.
-template <typename T>
-bool loop(const Core<T>& c, const Row* rows, int64_t N, T* before, T* after, double* hazards, int threads) {
+// One loop of N rows, from their seats and back.
+template <typename T> bool loop(const Core<T>& c, int64_t N, int threads) {
     const int64_t D = c.width;
+    const Row* rows = c.rows;
+    T *before = c.before, *after = c.after;
     for (int64_t n = 0; n < N; ++n) {
         if (rows[n].token >= 0) start(c, rows[n]);
         std::copy_n(c.states + rows[n].seat * D, D, before + n * D);
@@ -156,22 +176,45 @@ bool loop(const Core<T>& c, const Row* rows, int64_t N, T* before, T* after, dou
     Room<T> room(N * (D + 1));
     T *normed = room.take(N * D), *chance = room.take(N);
     hazard(c.loop_norm ? after : branch_input(after, c.norm, normed, c, N, threads), c.gate, c.gate_bias, chance, N, D);
-    std::copy_n(chance, N, hazards);
+    std::copy_n(chance, N, c.hazards);
     return true;
 }
 
-// How the token of one row is chosen: the likeliest at temperature 0, otherwise with addressed noise.
-struct Draw {
-    int64_t place;  // of its state
-    int64_t tells;  // whether its log-probability is wanted
-    int64_t key, sample, position;
-    double temperature;
+// The noise of the next positions of one sample, kept while drafts are read again and again.
+class Noise {
+  public:
+    // Where that of a position lies, of at most `PLACES` neighbours; drawn unless it is there.
+    const double* at(const Draw& draw, int64_t V) {
+        Kept& kept = kept_[draw.position % PLACES];
+        if (kept.key != draw.key || kept.sample != draw.sample || kept.position != draw.position ||
+            int64_t(kept.numbers.size()) != V) {
+            kept.numbers.resize(V);
+            noise(draw.key, draw.sample, draw.position, V, kept.numbers.data());
+            kept.key = draw.key, kept.sample = draw.sample, kept.position = draw.position;
+        }
+        return kept.numbers.data();
+    }
+
+  private:
+    static constexpr int64_t PLACES = 16;
+    struct Kept {
+        int64_t key = 0, sample = 0, position = 0;
+        std::vector<double> numbers;
+    };
+    Kept kept_[PLACES];
 };
 
-// What N rows of `states` say.
-template <typename T>
-void say(const Core<T>& c, const T* states, const Draw* draws, int64_t N, int64_t* tokens, double* chances, int threads) {
+inline const double* fresh_noise(const Draw& draw, int64_t V) {
+    thread_local std::vector<double> numbers;
+    numbers.resize(V);
+    noise(draw.key, draw.sample, draw.position, V, numbers.data());
+    return numbers.data();
+}
+
+// What N rows of `states` say; `kept` where they are neighbours of one sample.
+template <typename T> void say(const Core<T>& c, const T* states, int64_t N, int threads, Noise* kept = nullptr) {
     const int64_t D = c.width, V = c.vocab;
+    const Draw* draws = c.draws;
     Room<T> room(N * (D + V));
     T *hidden = room.take(N * D), *logits = room.take(N * V);
     for (int64_t n = 0; n < N; ++n) std::copy_n(states + draws[n].place * D, D, hidden + n * D);
@@ -182,22 +225,122 @@ void say(const Core<T>& c, const T* states, const Draw* draws, int64_t N, int64_
     for (int64_t n = 0; n < N; ++n) {
         const T* row = logits + n * V;
         const Draw& draw = draws[n];
-        tokens[n] = draw.temperature > 0 ? largest_noisy(row, V, draw.temperature, draw.key, draw.sample, draw.position)
-                                         : largest(row, V);
-        chances[n] = draw.tells ? log_probability(row, V, tokens[n]) : 0;
+        if (draw.temperature > 0) {
+            c.tokens[n] = largest_noisy(row, V, draw.temperature, kept ? kept->at(draw, V) : fresh_noise(draw, V));
+        } else {
+            c.tokens[n] = largest(row, V);
+        }
+        c.chances[n] = draw.tells ? log_probability(row, V, c.tokens[n]) : 0;
+    }
+}
+
+// One position of a request in flight, as `engine/request.py` has it.
+struct Flying {
+    int64_t position, token, loop, seat, asked;
+};
+
+// A token that has become certain: the loops of its row after which the next one ran from it, and whether the row was
+// read from the first draft loop on.
+struct Said {
+    int64_t token, settled, asked;
+    double logprob;
+};
+
+// One request alone, every row of which runs all loops; see `engine/solo.py`.
+struct Solo {
+    int64_t sequence, loops, last_row;             // the last position that may run
+    int64_t window, draft_loop, redraft;           // as in `engine/speculation.py`
+    int64_t key, sample, end_count, most;          // tokens that end the answer; tokens to make at most
+    double temperature, seconds;                   // once this time is over it stops at the next certain token
+    const int64_t* ends;
+    Flying* flight;                                // in order of position, with room for window + 2
+    int64_t* seats;                                // a stack of free ones
+    Said* said;
+    int64_t flying, free, tokens, ticks, rows, started;  // drafts that were started
+};
+
+// Forgets the flight from an index on.
+inline void drop(Solo& s, int64_t from) {
+    for (; s.flying > from; --s.flying)
+        if (s.flight[s.flying - 1].loop > 0) s.seats[s.free++] = s.flight[s.flying - 1].seat;
+}
+
+inline bool is_end(const Solo& s, int64_t token) { return std::find(s.ends, s.ends + s.end_count, token) != s.ends + s.end_count; }
+
+// The first row has run all its loops and said `token`; whether the answer is over.
+inline bool confirm(Solo& s, int64_t token, double logprob) {
+    const Flying row = s.flight[0];
+    const bool kept = s.flying > 1 && s.flight[1].token == token;
+    s.said[s.tokens++] = {token, kept ? s.loops - s.flight[1].loop : s.loops, row.asked, logprob};
+    s.seats[s.free++] = row.seat;
+    if (kept) {
+        std::copy(s.flight + 1, s.flight + s.flying--, s.flight);
+    } else {
+        drop(s, 1);
+        s.flight[0] = {row.position + 1, token, 0, -1, 0};
+    }
+    return row.position == s.last_row || is_end(s, token);
+}
+
+// A row that goes on said `token`: the next position starts with it, or anew.
+inline void draft(Solo& s, int64_t place, int64_t token) {
+    Flying& row = s.flight[place];
+    if (row.loop == s.draft_loop) row.asked = 1;
+    if (place + 1 < s.flying) {
+        if (s.flight[place + 1].token == token) return;
+        drop(s, place + 1);
+    }
+    if (is_end(s, token)) return;
+    s.flight[s.flying++] = {row.position + 1, token, 0, -1, 0};
+    s.started += 1;
+}
+
+// Ticks until enough tokens are certain. Returns false when a row points outside the table or the pool.
+template <typename T> bool run_alone(const Core<T>& c, Solo& s, int threads) {
+    static thread_local Noise kept;
+    const auto began = std::chrono::steady_clock::now();
+    while (true) {
+        const int64_t N = std::min(s.flying, s.window + 1);
+        for (int64_t n = 0; n < N; ++n) {
+            Flying& row = s.flight[n];
+            if (row.loop == 0) row.seat = s.seats[--s.free];
+            c.rows[n] = {row.seat, row.loop ? -1 : row.token, s.sequence, row.loop + 1, row.position};
+            row.loop += 1;
+        }
+        if (!loop(c, N, threads)) return false;
+        s.ticks += 1;
+        s.rows += N;
+        const int64_t done = s.flight[0].loop == s.loops;
+        // The window counts from the first row that goes on.
+        const int64_t last = std::min(s.flight[0].position + done + s.window, s.last_row) - 1;
+        int64_t jobs = 0;
+        for (int64_t n = 0; n < N; ++n) {
+            const Flying& row = s.flight[n];
+            const bool certain = n == 0 && done, reads = row.loop == s.draft_loop || (s.redraft && row.loop > s.draft_loop);
+            if (certain || (s.window && reads && row.position <= last))
+                c.draws[jobs++] = {n, certain, s.key, s.sample, row.position + 1, s.temperature};
+        }
+        if (jobs) say(c, c.after, jobs, threads, &kept);
+        if (done && confirm(s, c.tokens[0], c.chances[0])) return true;
+        for (int64_t job = done; job < jobs; ++job) {
+            const int64_t place = c.draws[job].place - done;
+            if (place >= s.flying || s.flight[place].loop == 0) break;  // dropped meanwhile, and all behind it
+            draft(s, place, c.tokens[job]);
+        }
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+        if (done && (s.tokens == s.most || took.count() > s.seconds)) return true;
     }
 }
 
 }  // namespace
 
 #define LOOPWISE_LAUNCH(T, name)                                                                                     \
-    extern "C" int loopwise_loop_##name(const Core<T>* core, const Row* rows, int64_t N, T* before, T* after,         \
-                                        double* hazards, int threads) {                                              \
-        return loop(*core, rows, N, before, after, hazards, threads);                                                 \
+    extern "C" int loopwise_loop_##name(const Core<T>* core, int64_t N, int threads) { return loop(*core, N, threads); } \
+    extern "C" void loopwise_say_##name(const Core<T>* core, const T* states, int64_t N, int threads) {               \
+        say(*core, states, N, threads);                                                                               \
     }                                                                                                                 \
-    extern "C" void loopwise_say_##name(const Core<T>* core, const T* states, const Draw* draws, int64_t N,           \
-                                        int64_t* tokens, double* chances, int threads) {                              \
-        say(*core, states, draws, N, tokens, chances, threads);                                                       \
+    extern "C" int loopwise_alone_##name(const Core<T>* core, Solo* solo, int threads) {                              \
+        return run_alone(*core, *solo, threads);                                                                      \
     }
 
 LOOPWISE_LAUNCH(float, float32)

@@ -1,6 +1,7 @@
-"""One loop of a few rows in one call, and what rows say in another: `launch.cpp` through ctypes.
+"""One loop of a few rows in one call, what rows say in another, many ticks of one request in a third: `launch.cpp`
+through ctypes.
 
-Here is how its structures look; what fills them stands in `engine/few.py`.
+Here is how its structures look; what fills them stands in `engine/few.py` and `engine/solo.py`.
 """
 
 import ctypes
@@ -21,13 +22,14 @@ _SIZES = (
 _POINTERS = (
     *("layers", "embed", "adapter", "adapter_bias", "loop_norm", "norm", "gate", "gate_bias", "head"),
     *("cos", "sin", "table", "states", "injected"),
+    *("rows", "before", "after", "hazards", "draws", "tokens", "chances"),
 )
 INJECTIONS: tuple[Literal["none", "add", "adapter"], ...] = ("none", "add", "adapter")
 """In the order of the numbers that stand for them."""
 
 
 class CoreShape(ctypes.Structure):
-    """`Core` of launch.cpp: sizes, scales, and where everything lies."""
+    """`Core` of launch.cpp: sizes, scales, where everything lies, and what goes into a call and comes out."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _SIZES),
@@ -43,11 +45,26 @@ LAYER_WEIGHTS = (
 )
 """The parameters of a block in the order of the fields of `Layer`; its keys and values follow."""
 LAYER_POINTERS = len(LAYER_WEIGHTS) + 2
+ROW = "5q"
+"""One `Row`, as `struct` packs it."""
 ROW_NUMBERS = 5
-"""Of one `Row`."""
 DRAW = "5qd"
 """One `Draw`, as `struct` packs it."""
 DRAW_NUMBERS = 6
+FLYING, SAID = "5q", "3qd"
+"""One `Flying` and one `Said`."""
+
+
+class SoloShape(ctypes.Structure):
+    """`Solo` of launch.cpp: one request alone, and what becomes of it."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("sequence", "loops", "last_row", "window", "draft_loop", "redraft")),
+        *((name, ctypes.c_int64) for name in ("key", "sample", "end_count", "most")),
+        *((name, ctypes.c_double) for name in ("temperature", "seconds")),
+        *((name, ctypes.c_void_p) for name in ("ends", "flight", "seats", "said")),
+        *((name, ctypes.c_int64) for name in ("flying", "free", "tokens", "ticks", "rows", "started")),
+    )
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,7 @@ class LaunchKernels:
 
     loop: Callable[..., int]
     say: Callable[..., None]
+    alone: Callable[..., int]
 
 
 @cache
@@ -67,8 +85,9 @@ def load_launch_kernels() -> dict[torch.dtype, LaunchKernels]:
     pointer, size, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     found = {}
     for dtype, name in ((torch.float32, "float32"), (torch.float64, "float64")):
-        loop, say = getattr(library, f"loopwise_loop_{name}"), getattr(library, f"loopwise_say_{name}")
-        loop.argtypes, loop.restype = (*[pointer] * 2, size, *[pointer] * 3, threads), ctypes.c_int
-        say.argtypes, say.restype = (*[pointer] * 3, size, *[pointer] * 2, threads), None
-        found[dtype] = LaunchKernels(loop, say)
+        loop, say, alone = (getattr(library, f"loopwise_{what}_{name}") for what in ("loop", "say", "alone"))
+        loop.argtypes, loop.restype = (pointer, size, threads), ctypes.c_int
+        say.argtypes, say.restype = (pointer, pointer, size, threads), None
+        alone.argtypes, alone.restype = (pointer, pointer, threads), ctypes.c_int
+        found[dtype] = LaunchKernels(loop, say, alone)
     return found

@@ -114,12 +114,11 @@ inline void noise(uint64_t key, int64_t sample, int64_t position, int64_t V, dou
 // product with the reciprocal would be another number.
 template <typename T>
 __attribute__((optimize("no-reciprocal-math"))) int64_t largest_noisy(const T* logits, int64_t V, double temperature,
-                                                                      uint64_t key, int64_t sample, int64_t position) {
+                                                                      const double* noise) {
     thread_local std::vector<double> kept;
     if (int64_t(kept.size()) < V) kept.resize(V);
     double* noisy = kept.data();
-    noise(key, sample, position, V, noisy);
-    for (int64_t i = 0; i < V; ++i) noisy[i] += double(logits[i]) / temperature;
+    for (int64_t i = 0; i < V; ++i) noisy[i] = noise[i] + double(logits[i]) / temperature;
     return largest(noisy, V);
 }
 
