@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from loopwise.engine.costs import measure_ticks
+from loopwise.engine.costs import CostCurve, measure_ticks
 from loopwise.engine.engine import Engine
 from loopwise.engine.request import Replay
 from loopwise.engine.sampling import Sampling
@@ -340,10 +340,20 @@ def one_request(model: LoopedLM, load: Load, *, draft_loop: int = 1) -> dict[str
     return out
 
 
+def least_of(curves: Sequence[CostCurve]) -> CostCurve:
+    """The least that each number of rows took; what else the machine does only adds time."""
+    return CostCurve(
+        rows=curves[0].rows,
+        seconds=tuple(min(seconds) for seconds in zip(*(curve.seconds for curve in curves), strict=True)),
+    )
+
+
 def draft_cost(model: LoopedLM, loops: int, context: int) -> Callable[[float], float]:
     """What a tick of n rows that are all read out costs the model, over a tick of plain decoding; see `one_request`."""
-    looped = measure_ticks(model, loops, context=context, read=False, rounds=16)
-    read = measure_ticks(model, loops, context=context, rounds=16)
+    # In turn: a machine that changes between the two would change their ratio.
+    measure = partial(measure_ticks, model, loops, context=context)
+    runs = take_turns({"looped": partial(measure, read=False), "read": partial(measure, read=True)}, 5)
+    looped, read = least_of(runs["looped"]), least_of(runs["read"])
     plain = looped(1) + (read(1) - looped(1)) / loops
     return lambda rows: read(rows) / plain
 

@@ -53,13 +53,12 @@ def measure_costs(run: Callable[[int], None], *, rows: Sequence[int], rounds: in
 
 
 @torch.inference_mode()
-def measure_ticks(model: LoopedLM, most: int, *, context: int = 1, read: bool = True, rounds: int = 4) -> CostCurve:
+def measure_ticks(model: LoopedLM, most: int, *, context: int = 1, read: bool = True) -> CostCurve:
     """Seconds of one loop of n rows, by n, for about `most` rows.
 
     Args:
         context: positions that each row reads; with few of them attention hardly counts.
         read: whether each row is read out too.
-        rounds: as in `measure_costs`.
     """
     counts = [count for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if count <= 2 * most + 8]
     config, weight = model.config, model.embed.weight
@@ -91,7 +90,7 @@ def measure_ticks(model: LoopedLM, most: int, *, context: int = 1, read: bool = 
         elif runner.say(mine, after) is None:
             linear(after, model.head_weight).argmax(-1).tolist()
 
-    return measure_costs(run, rows=counts, rounds=rounds)
+    return measure_costs(run, rows=counts)
 
 
 def _measured(memory: PagedMemory, context: int) -> Request:
