@@ -92,8 +92,6 @@ class GraphedRows:
         self._places: tuple[object, ...] = (None,) * 3
         self._replays: dict[tuple[Kind, int], Callable[[], None]] = {}
         self._capture = captures()
-        self.gated = model.gate is not None
-        """Whether a launch says `hazards`."""
         self.most = min(MOST, _pad(max(16, 2 * len(memory.tables))))
         self.find_weights()
 
