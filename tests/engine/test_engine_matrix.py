@@ -13,8 +13,8 @@ import torch
 
 from loopwise.engine.answer import Completion
 from loopwise.engine.engine import Engine
+from loopwise.engine.layout import layout_of
 from loopwise.engine.reference import generate
-from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.speculation import Speculation
 from loopwise.models.looped_lm import LoopedLM

@@ -13,9 +13,9 @@ import torch
 from loopwise.engine.checks import _whole_numbers
 from loopwise.engine.choosing import Draw, choose_batch
 from loopwise.engine.engine import Engine
+from loopwise.engine.layout import layout_of
 from loopwise.engine.reference import generate
 from loopwise.engine.request import Replay, Stage
-from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling, choose
 from loopwise.engine.speculation import Speculation, saved_speculation
 from loopwise.errors import CheckpointError, ConfigError, InputError

@@ -12,8 +12,8 @@ import pytest
 
 from loopwise.engine.answer import Completion
 from loopwise.engine.engine import Engine
+from loopwise.engine.layout import layout_of
 from loopwise.engine.reference import generate
-from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.speculation import Speculation
 from loopwise.engine.ticket import Ticket

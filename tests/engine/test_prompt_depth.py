@@ -15,9 +15,9 @@ from loopwise.engine import write
 from loopwise.engine.answer import Completion
 from loopwise.engine.checks import check_sampling
 from loopwise.engine.engine import Engine
+from loopwise.engine.layout import layout_of
 from loopwise.engine.reference import generate
 from loopwise.engine.request import Replay
-from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling, choose
 from loopwise.engine.speculation import Speculation
 from loopwise.engine.write import Writer

@@ -11,7 +11,7 @@ import torch
 
 from loopwise.engine.answer import Completion
 from loopwise.engine.engine import Engine
-from loopwise.engine.runner import layout_of
+from loopwise.engine.layout import layout_of
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.speculation import Speculation
 from loopwise.errors import ConfigError, InputError

@@ -12,8 +12,8 @@ import torch
 from loopwise.engine import solo
 from loopwise.engine.answer import Completion
 from loopwise.engine.engine import Engine
+from loopwise.engine.layout import layout_of
 from loopwise.engine.reference import generate
-from loopwise.engine.runner import layout_of
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.solo import Solo, Stretch
 from loopwise.engine.speculation import Speculation
@@ -94,6 +94,67 @@ def test_everything_is_as_tick_by_tick(
         options: dict[str, Any] = {"policy": policy, "speculate": DRAFTS[drafts]}
         assert serve(model, sampling, alone=True, **options) == serve(model, sampling, alone=False, **options)
     assert sum(len(stretch.said) for stretch in stretches if stretch is not None) == 2 * 3 * 24
+
+
+EXITS = ("hazard:0.5", "hazard:0.8", "hazard:0", "hazard:1.0", "fixed:2", "fixed:1")
+
+
+def gated(model: LoopedLM) -> LoopedLM:
+    """Its gate has an opinion of its own about each state."""
+    assert model.gate is not None
+    with torch.no_grad():
+        model.gate.weight *= 20
+    return model
+
+
+def exits_equal(shape: str, rule: str, temperature: float, drafts: str, tokens: int) -> None:
+    sampling = Sampling(max_tokens=tokens, temperature=temperature, seed=5, ignore_eos=True, exit=rule)
+    options: dict[str, Any] = {"policy": "last_exited", "speculate": DRAFTS[drafts]}
+    for model in (gated(tiny(shape, gate=True)), settled(gated(tiny(shape, gate=True)))):
+        (mine, told), (theirs, found) = (serve(model, sampling, alone=alone, **options) for alone in (True, False))
+        assert told == found
+        for one, other in zip(mine, theirs, strict=True):
+            assert (one.tokens, one.loops, one.kv_bytes) == (other.tokens, other.loops, other.kv_bytes)
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-12)
+
+
+@pytest.mark.parametrize("drafts", ["off", "again", "deep"])
+@pytest.mark.parametrize(("rule", "temperature"), [("hazard:0.5", 0.8), ("hazard:0.8", 0.0), ("fixed:2", 0.8)])
+def test_exits_are_as_tick_by_tick(rule: str, temperature: float, drafts: str, stretches: list[Stretch | None]) -> None:
+    exits_equal("ouro", rule, temperature, drafts, 25)
+    assert sum(len(stretch.said) for stretch in stretches if stretch is not None) == 2 * 3 * 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", DRAFTS)
+@pytest.mark.parametrize("rule", EXITS)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("shape", ["ouro", "universal"])
+def test_all_exits_are_as_tick_by_tick(
+    shape: str, rule: str, temperature: float, drafts: str, stretches: list[Stretch | None]
+) -> None:
+    exits_equal(shape, rule, temperature, drafts, 60)
+    assert sum(len(stretch.said) for stretch in stretches if stretch is not None) == 2 * 3 * 59
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("most", [1, 8])
+@pytest.mark.parametrize(
+    ("rule", "min_loops"), [("hazard:0.4", 1), ("hazard:0.7", 1), ("hazard:0.2", 2), ("fixed:2", 1)]
+)
+def test_exits_are_those_of_the_readable_generator(
+    temperature: float, most: int, rule: str, min_loops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solo, "MOST", most)
+    model = settled(gated(tiny("ouro")))
+    sampling = Sampling(max_tokens=40, temperature=temperature, seed=1, exit=rule, min_loops=min_loops)
+    wanted = generate(model, PROMPTS, sampling)
+    done, _ = serve(model, sampling, alone=True, policy="last_exited", speculate=Speculation(window=3))
+    for mine, theirs in zip(done, wanted, strict=True):
+        assert (mine.tokens, mine.loops, mine.finish_reason) == (theirs.tokens, theirs.loops, theirs.finish_reason)
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-9)
+    if rule != "fixed:2":
+        assert len({loop for one in done for loop in one.loops}) > 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -187,11 +248,12 @@ def test_an_end_of_text_ends_the_answer_and_starts_no_draft() -> None:
     assert ended > 0
 
 
-def test_requests_come_and_go_meanwhile(stretches: list[Stretch | None]) -> None:
-    model = settled(tiny("ouro"))
-    sampling = Sampling(max_tokens=30, temperature=0.8, seed=3, ignore_eos=True)
+@pytest.mark.parametrize("rule", [None, "hazard:0.5", "fixed:2"])
+def test_requests_come_and_go_meanwhile(rule: str | None, stretches: list[Stretch | None]) -> None:
+    model = settled(gated(tiny("ouro")))
+    sampling = Sampling(max_tokens=30, temperature=0.8, seed=3, ignore_eos=True, exit=rule)
     wanted = generate(model, PROMPTS, sampling)
-    engine = Engine(model, memory="1MiB", speculate=Speculation(window=3))
+    engine = Engine(model, "last_exited", memory="1MiB", speculate=Speculation(window=3))
     first = engine.submit(PROMPTS[0], sampling)
     while not stretches:
         engine.tick()
@@ -231,8 +293,7 @@ def test_without_room_for_what_it_may_write_ticks_run_one_by_one(stretches: list
 @pytest.mark.parametrize(
     "change",
     [
-        {"exit": "hazard:0.7"},
-        {"exit": "fixed:2"},
+        {"exit": "delta:0.1"},
         {"repetition_penalty": 1.2},
         {"top_k": 3},
         {"logprobs": 2},

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from loopwise.engine.choosing import Draw, choose_batch, pick
-from loopwise.engine.runner import layout_of
+from loopwise.engine.layout import layout_of
 from loopwise.engine.sampling import Sampling
 from loopwise.loops.planes import parse_policy
 from loopwise.memory.paged import PagedMemory

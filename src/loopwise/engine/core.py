@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from jaxtyping import Float
@@ -74,11 +75,10 @@ class Core:
         plan = self.scheduler.plan(self._choose_window)
         if plan.empty:
             return False
-        if self.runner.is_bare(plan.rows, plan.chunks):
-            self._run(plan)  # what there is of torch in it guards itself: a guard takes as long as all the judging
-        else:
-            with torch.inference_mode():
-                self._run(plan)
+        # Where torch has no part the rest guards itself: a guard takes as long as all the judging.
+        bare = self.runner.is_bare(plan.rows, plan.chunks)
+        with nullcontext() if bare else torch.inference_mode():
+            self._run(plan)
         if self.speculator is not None and not plan.chunks and len(self.scheduler.running) == 1:
             self.speculator.pace.took(time.perf_counter() - began, self.counts.tokens - said)
         return True
@@ -107,9 +107,9 @@ class Core:
         if self.speculator is not None:
             self.speculator.started += stretch.started
         for said in stretch.said:
-            self._learn(request, request.max_loops, said.settled, said.asked)
-            request.left.append(request.max_loops)
-            if not self._say(request, Choice(said.token, said.logprob), request.max_loops, ()):
+            self._learn(request, said.loops, said.settled, said.asked)
+            request.left.append(said.loops)
+            if not self._say(request, Choice(said.token, said.logprob), said.loops, ()):
                 break  # what came after a stop text is forgotten
         return True
 
@@ -206,11 +206,9 @@ class Core:
             for request, row, choice in known:
                 self._confirm(request, row, choice)
             if others:
+                resting = self.runner.seats.state
                 states = torch.stack(
-                    [
-                        self.runner.seats.state[row.seat] if row.left_state is None else row.left_state
-                        for _, row in others
-                    ]
+                    [resting[row.seat] if row.left_state is None else row.left_state for _, row in others]
                 )
                 for (request, row), choice in zip(others, choose_states(self.runner, others, states), strict=True):
                     self._confirm(request, row, choice)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from loopwise.engine.answer import Answer
+from loopwise.engine.layout import layout_of
 from loopwise.engine.request import Request, Row
-from loopwise.engine.runner import Runner, layout_of
+from loopwise.engine.runner import Runner
 from loopwise.engine.sampling import Sampling
 from loopwise.loops.exits import Fixed
 from loopwise.loops.planes import parse_policy

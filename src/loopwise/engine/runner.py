@@ -15,14 +15,11 @@ from loopwise.engine.graphs import GraphedRows, read_numbers
 from loopwise.engine.plan import columns_of
 from loopwise.engine.request import Chunk, Request, Row
 from loopwise.engine.seats import Seats
-from loopwise.memory.paged import Layout, PagedMemory
+from loopwise.memory.paged import PagedMemory
 from loopwise.models.looped_lm import LMContext, LoopedLM
 from loopwise.nn.fast import fast_model
 from loopwise.nn.kernels import linear
 from loopwise.nn.rotary import Rotary
-
-PAGE = 16
-"""Positions of one page of keys and values."""
 
 
 class Runner:
@@ -294,18 +291,3 @@ class Runner:
 def _join(rows: Tensor | None, chunks: Sequence[Tensor]) -> Tensor:
     parts = [*([] if rows is None else [rows]), *chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def layout_of(model: LoopedLM) -> Layout:
-    """Where a model's layers keep their keys and values, and what they cost."""
-    config = model.config
-    coda = config.prelude_layers + config.core_layers
-    return Layout(
-        core=range(config.prelude_layers, coda),
-        boundary=(*range(config.prelude_layers), *range(coda, config.layers)),
-        heads=config.heads,
-        kv_heads=config.kv_heads,
-        head_width=config.head_width,
-        dtype=model.embed.weight.dtype,
-        page=PAGE,
-    )

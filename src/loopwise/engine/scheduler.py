@@ -63,8 +63,7 @@ class Scheduler:
         """Let a request begin, or come back, if it fits beside those that run; the cache gives way."""
         if self._room(request) == self._refused:
             return False  # nothing has changed since it was looked at
-        pages = self.memory.open()
-        found = Beginning(0, ())
+        pages, found = self.memory.open(), Beginning(0, ())
         if request.snapshot is None and self.prefix is not None:
             # Before room is made: what it will share needs none, and held by it, the cache does not give it up.
             request.identity = self._identity(request)
@@ -256,10 +255,9 @@ class Scheduler:
             if memory.point(request.pages, target, row.position, generated=generated):
                 continue
             plane = target if target == BOUNDARY else memory.policy.store(target, memory.planes, generated=generated)
-            if memory.lacks(request.pages, plane, row.position) and not take_pages(
-                *(memory, request.pages, plane, row.position, row.position),
-                make_room=self._maker(plan, request, plane, patient=patient),
-            ):
+            room = self._maker(plan, request, plane, patient=patient)
+            lacks = memory.lacks(request.pages, plane, row.position)
+            if lacks and not take_pages(memory, request.pages, plane, row.position, row.position, make_room=room):
                 return False
             memory.write_at(request.pages, target, row.position, row.position, generated=generated)
         return True

@@ -8,8 +8,9 @@ from loopwise.engine.answer import Emission
 from loopwise.engine.core import Core
 from loopwise.engine.costs import measure_ticks
 from loopwise.engine.depth import PromptDepth, check_prompt_depth
+from loopwise.engine.layout import layout_of
 from loopwise.engine.request import Request
-from loopwise.engine.runner import Runner, layout_of
+from loopwise.engine.runner import Runner
 from loopwise.engine.scheduler import Scheduler
 from loopwise.engine.speculation import Speculation, Speculator, parse_speculation, saved_speculation
 from loopwise.errors import ConfigError

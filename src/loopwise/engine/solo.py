@@ -1,9 +1,10 @@
 """One request alone: many ticks in one call (`run_alone` in `nn/kernels/launch.cpp`).
 
 What the host does around a launch of few rows takes a third as long as the launch, mostly because the weights that
-stream past leave nothing of it in a cache. Where a request has the engine to itself, runs every loop, and all that is
-told are its tokens, nothing needs the host between ticks: the call plans, launches, reads and confirms by itself until
-some tokens are certain. Ticks one by one (`core.py`) are the reference: the same launches, tokens and counts.
+stream past leave nothing of it in a cache. Where a request has the engine to itself and all that is told are its
+tokens, nothing needs the host between ticks: the call plans, launches, judges, reads and confirms by itself until some
+tokens are certain. Rows run every loop, or, where who stops does no more work, leave after a fixed number of them or by
+their hazards. Ticks one by one (`core.py`) are the reference: the same launches, tokens and counts.
 """
 
 import ctypes
@@ -13,10 +14,11 @@ from struct import Struct
 from typing import Any
 
 from loopwise.engine.judge import planned_exit
-from loopwise.engine.request import Request, Row
+from loopwise.engine.request import Choice, Request, Row
 from loopwise.engine.runner import Runner
 from loopwise.engine.speculation import Speculation
-from loopwise.memory.paged import take_pages
+from loopwise.loops.exits import Hazard
+from loopwise.memory.paged import PageList, take_pages
 from loopwise.nn.kernels.launch import FLYING, SAID, SoloShape
 from loopwise.nn.kernels.linear import FEW_ROWS
 
@@ -38,6 +40,8 @@ class Said:
     """Loops of its row after which the next one ran from it; all loops where that one had to begin anew."""
     asked: bool
     """Whether its row was read from the first draft loop on."""
+    loops: int
+    """Loops of its row."""
     logprob: float
 
 
@@ -60,10 +64,12 @@ class Solo:
         self._runner = runner
         self._memory = runner.memory
         self._flight = ctypes.create_string_buffer(_PLACES * _FLYING.size)
-        self._said = ctypes.create_string_buffer(MOST * _SAID.size)
+        self._said = ctypes.create_string_buffer((MOST + FEW_ROWS) * _SAID.size)
+        self._deepest = (ctypes.c_int64 * (MOST + FEW_ROWS))()
         self._seats = (ctypes.c_int64 * (2 * _PLACES))()
-        self._shape = SoloShape(seconds=SECONDS, most=MOST)
-        for name in ("flight", "said", "seats"):
+        self._shape = SoloShape(seconds=SECONDS, most=MOST, page=runner.memory.layout.page)
+        self._shape.aliases = not runner.memory.policy.fills
+        for name in ("flight", "said", "seats", "deepest"):
             setattr(self._shape, name, ctypes.addressof(getattr(self, f"_{name}")))
 
     def serves(self, request: Request) -> bool:
@@ -71,7 +77,9 @@ class Solo:
         if request.solo is None:
             request.solo = self._is_simple(request)
         flight = request.flight
-        return request.solo and 0 < len(flight) <= FEW_ROWS and flight[0].position == len(request.left)
+        if not request.solo or not 0 < len(flight) <= FEW_ROWS or flight[0].position != len(request.left):
+            return False
+        return all(row.spare is not None for row in flight if row.left)
 
     def _is_simple(self, request: Request) -> bool:
         few, sampling = self._runner.few, request.sampling
@@ -79,8 +87,11 @@ class Solo:
             return False
         if request.signals or request.provisional or request.replay is not None:
             return False
-        every = planned_exit(request, len(request.prompt)) == request.max_loops
-        return every and sampling.plain and sampling.start is None
+        planned = planned_exit(request, len(request.prompt))
+        if self._memory.policy.fills and planned != request.max_loops:
+            return False  # who stops runs on
+        known = planned is not None or isinstance(request.rule, Hazard)
+        return known and sampling.plain and sampling.start is None
 
     def run(self, request: Request, window: int, settings: Speculation | None) -> Stretch | None:
         """Run it until tokens are certain; None where memory has no room for what it might write meanwhile.
@@ -92,23 +103,33 @@ class Solo:
         few, flight, pages = self._runner.few, request.flight, request.pages
         assert few is not None
         assert pages is not None
-        last = min(flight[0].position + MOST + window, request.last_row)
-        if not self._reserve(request, flight[0].position, last):
+        first = flight[0].position
+        last = min(first + MOST + window, request.last_row)
+        taken = self._reserve(request, first, last)
+        if taken is None:
             return None
         seats = self._runner.seats
         free = [seats.take() for _ in range(window + 2)]
         for number, seat in enumerate(free):
             self._seats[number] = seat
+        own = self._memory.table(pages, last + 1)[1 : request.max_loops + 1, first:].copy()
+        ctypes.memset(self._deepest, 0, ctypes.sizeof(self._deepest))
         for number, row in enumerate(flight):
-            _FLYING.pack_into(
-                *(self._flight, number * _FLYING.size, row.position, row.token, row.loop, row.seat, row.asked)
-            )
+            self._put(number, row)
+            if row.position <= last:
+                self._deepest[row.position - first] = row.loop
+            if row.left and not self._memory.policy.fills:
+                self._memory.settle(pages, row.position, row.left, generated=True)
         shape, sampling, answer = self._shape, request.sampling, request.answer
         ends = (ctypes.c_int64 * len(answer.ends))(*answer.ends)
         shape.sequence, shape.loops, shape.last_row = pages.seat, request.max_loops, request.last_row
         shape.window = window
         if settings is not None:
             shape.draft_loop, shape.redraft = settings.draft_loop, settings.redraft
+        shape.planned = planned_exit(request, first) or 0
+        if isinstance(request.rule, Hazard):
+            shape.threshold, shape.min_loops = request.rule.threshold, sampling.min_loops
+        shape.own, shape.first, shape.span = own.ctypes.data, first, last + 1 - first
         shape.key, shape.sample, shape.temperature = sampling.key, answer.sample, sampling.temperature
         shape.ends, shape.end_count = ctypes.addressof(ends), len(ends)
         shape.flying, shape.free = len(flight), len(free)
@@ -116,31 +137,58 @@ class Solo:
         few.run_alone(shape, self._runner.rotary_to(last))
         for seat in self._seats[: shape.free]:
             seats.give(seat)
-        request.flight = [
-            Row(position, token, seat, loop > 0, loop, asked=asked > 0)
-            for position, token, loop, seat, asked in _unpack(_FLYING, self._flight, shape.flying)
-        ]
+        request.flight = [_row(*numbers) for numbers in _unpack(_FLYING, self._flight, shape.flying)]
         written = [row.position for row in request.flight if row.started]
         self._memory.trim(pages, max(written, default=request.flight[0].position - 1) + 1, last)
+        if shape.planned != request.max_loops:
+            self._give_back(pages, taken, first)
         said = [
-            Said(token, settled, asked > 0, logprob)
-            for token, settled, asked, logprob in _unpack(_SAID, self._said, shape.tokens)
+            Said(token, settled, asked > 0, loops, logprob)
+            for token, settled, asked, loops, logprob in _unpack(_SAID, self._said, shape.tokens)
         ]
         return Stretch(said, shape.ticks, shape.rows, shape.started)
 
-    def _reserve(self, request: Request, first: int, last: int) -> bool:
-        """Pages and table entries for every loop of some positions."""
+    def _put(self, number: int, row: Row) -> None:
+        spare, chance = (-1, 0.0) if row.spare is None else (row.spare.token, row.spare.logprob)
+        _FLYING.pack_into(
+            *(self._flight, number * _FLYING.size, row.position, row.token, row.loop, row.seat, row.asked, row.left),
+            *(spare, row.survival, chance),
+        )
+
+    def _give_back(self, pages: PageList, taken: Sequence[tuple[int, int]], first: int) -> None:
+        """Pages that were taken for what rows might write, of planes that none of them has reached."""
+        size = self._memory.layout.page
+        deepest = self._deepest[:]
+        for plane, index in taken:
+            begin = max(index * size - first, 0)
+            if max(deepest[begin : (index + 1) * size - first], default=0) < plane:
+                self._memory.give_back(pages, plane, index)
+
+    def _reserve(self, request: Request, first: int, last: int) -> list[tuple[int, int]] | None:
+        """Pages and table entries for every loop of some positions: planes and indices of pages that are new.
+
+        None, and nothing is taken, where there is no room.
+        """
         memory, pages = self._memory, request.pages
         assert pages is not None
         planes = range(1, request.max_loops + 1)
-        lacking = sum(len(memory.missing(pages, plane, first, last)) for plane in planes)
-        if lacking > memory.core.free:
-            return False
+        lacking = [(plane, index) for plane in planes for index in memory.missing(pages, plane, first, last)]
+        if len(lacking) > memory.core.free:
+            return None
         if lacking:
             for plane in planes:
                 take_pages(memory, pages, plane, first, last, make_room=lambda count: False)
         memory.write_every(pages, request.max_loops, first, last)
-        return True
+        return lacking
+
+
+def _row(
+    position: int, token: int, loop: int, seat: int, asked: int, left: int, spare: int, survival: float, chance: float
+) -> Row:
+    """One `Flying` as the engine has it."""
+    row = Row(position, token, seat, loop > 0, loop, left, asked=asked > 0, survival=survival)
+    row.spare = Choice(spare, chance) if left else None
+    return row
 
 
 def _unpack(record: Struct, buffer: ctypes.Array[ctypes.c_char], count: int) -> list[tuple[Any, ...]]:

@@ -16,7 +16,7 @@ from loopwise.engine.answer import Completion, Emission
 from loopwise.engine.checks import Checked, check_sampling, encode_prompt
 from loopwise.engine.depth import PromptDepth
 from loopwise.engine.engine import Engine
-from loopwise.engine.runner import layout_of
+from loopwise.engine.layout import layout_of
 from loopwise.engine.sampling import Sampling
 from loopwise.engine.ticket import Ticket
 from loopwise.errors import InputError

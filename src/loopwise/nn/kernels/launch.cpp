@@ -43,7 +43,7 @@ template <typename T> struct Core {
     const Layer<T>* layers;
     const T *embed, *adapter, *adapter_bias, *loop_norm, *norm, *gate, *gate_bias, *head;
     const T *cos, *sin;      // (positions, K / 2)
-    const int32_t* table;    // (sequences, planes, capacity)
+    int32_t* table;          // (sequences, planes, capacity)
     T *states, *injected;    // (seats, D)
     // Of a call of `loop`: its rows, their states before and after, and what the gate says of them.
     Row* rows;
@@ -237,52 +237,65 @@ template <typename T> void say(const Core<T>& c, const T* states, int64_t N, int
 // One position of a request in flight, as `engine/request.py` has it.
 struct Flying {
     int64_t position, token, loop, seat, asked;
+    int64_t left;             // the loop after which it stopped; 0 while that is open
+    int64_t spare;            // what it said there
+    double survival, chance;  // of having gone on, by its hazards; log-probability of `spare`
 };
 
-// A token that has become certain: the loops of its row after which the next one ran from it, and whether the row was
-// read from the first draft loop on.
+// A token that has become certain: the loops of its row after which the next one ran from it, whether the row was read
+// from the first draft loop on, and its loops.
 struct Said {
-    int64_t token, settled, asked;
+    int64_t token, settled, asked, loops;
     double logprob;
 };
 
-// One request alone, every row of which runs all loops; see `engine/solo.py`.
+// One request alone; see `engine/solo.py`.
 struct Solo {
     int64_t sequence, loops, last_row;             // the last position that may run
     int64_t window, draft_loop, redraft;           // as in `engine/speculation.py`
+    int64_t planned, min_loops;                    // the loop after which rows stop; 0 where hazards decide
+    int64_t aliases, first, page;                  // whether readers of planes that a row never wrote find its last
     int64_t key, sample, end_count, most;          // tokens that end the answer; tokens to make at most
-    double temperature, seconds;                   // once this time is over it stops at the next certain token
+    double threshold, temperature, seconds;        // once this time is over it stops at the next certain token
     const int64_t* ends;
+    const int32_t* own;                            // (loops, span): slots of the positions from `first` on
+    int64_t span;
+    int64_t* deepest;                              // (span), the last plane that each of them has written
     Flying* flight;                                // in order of position, with room for window + 2
     int64_t* seats;                                // a stack of free ones
-    Said* said;
+    Said* said;                                    // room for most + window
     int64_t flying, free, tokens, ticks, rows, started;  // drafts that were started
 };
 
-// Forgets the flight from an index on.
+// Forgets the flight from an index on, and the pages that only it needed.
 inline void drop(Solo& s, int64_t from) {
+    if (from >= s.flying) return;
+    const int64_t page = (s.flight[from].position + s.page - 1) / s.page * s.page;
+    if (page < s.first + s.span) std::fill(s.deepest + std::max<int64_t>(page - s.first, 0), s.deepest + s.span, 0);
     for (; s.flying > from; --s.flying)
         if (s.flight[s.flying - 1].loop > 0) s.seats[s.free++] = s.flight[s.flying - 1].seat;
 }
 
 inline bool is_end(const Solo& s, int64_t token) { return std::find(s.ends, s.ends + s.end_count, token) != s.ends + s.end_count; }
 
-// The first row has run all its loops and said `token`; whether the answer is over.
+inline Flying fresh(int64_t position, int64_t token) { return {position, token, 0, -1, 0, 0, -1, 1.0, 0.0}; }
+
+// The first row has stopped and said `token`; whether the answer is over.
 inline bool confirm(Solo& s, int64_t token, double logprob) {
     const Flying row = s.flight[0];
     const bool kept = s.flying > 1 && s.flight[1].token == token;
-    s.said[s.tokens++] = {token, kept ? s.loops - s.flight[1].loop : s.loops, row.asked, logprob};
+    s.said[s.tokens++] = {token, kept ? row.left - s.flight[1].loop : row.left, row.asked, row.left, logprob};
     s.seats[s.free++] = row.seat;
     if (kept) {
         std::copy(s.flight + 1, s.flight + s.flying--, s.flight);
     } else {
         drop(s, 1);
-        s.flight[0] = {row.position + 1, token, 0, -1, 0};
+        s.flight[0] = fresh(row.position + 1, token);
     }
     return row.position == s.last_row || is_end(s, token);
 }
 
-// A row that goes on said `token`: the next position starts with it, or anew.
+// A row said `token` that is not certain yet: the next position starts with it, or anew.
 inline void draft(Solo& s, int64_t place, int64_t token) {
     Flying& row = s.flight[place];
     if (row.loop == s.draft_loop) row.asked = 1;
@@ -291,8 +304,42 @@ inline void draft(Solo& s, int64_t place, int64_t token) {
         drop(s, place + 1);
     }
     if (is_end(s, token)) return;
-    s.flight[s.flying++] = {row.position + 1, token, 0, -1, 0};
+    s.flight[s.flying++] = fresh(row.position + 1, token);
     s.started += 1;
+}
+
+// Whether a row stops after the loop that it has run: `Judge` in `engine/judge.py`, in the same float64.
+inline bool stops(const Solo& s, Flying& row, double hazard) {
+    if (s.planned) return row.loop >= s.planned;
+    if (row.loop >= s.loops) return true;
+    volatile double going_on = row.survival * (1 - hazard);  // rounded by itself: no part of a fused operation
+    if (going_on < row.survival) row.survival = going_on;    // not for NaN
+    return s.threshold < 1 && 1 - going_on >= s.threshold && row.loop >= s.min_loops;
+}
+
+// What readers of each plane find at a position.
+template <typename T> int32_t& entry(const Core<T>& c, const Solo& s, int64_t plane, int64_t position) {
+    return c.table[(s.sequence * c.planes + plane) * c.capacity + position];
+}
+
+// The rows of a tick: those of the frontier and its drafts that have not stopped. Returns how many.
+template <typename T> int64_t begin_tick(const Core<T>& c, Solo& s) {
+    int64_t count = 0;
+    for (int64_t n = 0; n < std::min(s.flying, s.window + 1); ++n) {
+        Flying& row = s.flight[n];
+        if (row.left) continue;
+        const int64_t at = row.position - s.first;
+        if (row.loop == 0) {
+            row.seat = s.seats[--s.free];
+            // One that was here before may have stopped early.
+            for (int64_t plane = 1; plane <= s.loops; ++plane)
+                entry(c, s, plane, row.position) = s.own[(plane - 1) * s.span + at];
+        }
+        c.rows[count++] = {row.seat, row.loop ? -1 : row.token, s.sequence, row.loop + 1, row.position};
+        row.loop += 1;
+        s.deepest[at] = std::max(s.deepest[at], row.loop);
+    }
+    return count;
 }
 
 // Ticks until enough tokens are certain. Returns false when a row points outside the table or the pool.
@@ -300,35 +347,48 @@ template <typename T> bool run_alone(const Core<T>& c, Solo& s, int threads) {
     static thread_local Noise kept;
     const auto began = std::chrono::steady_clock::now();
     while (true) {
-        const int64_t N = std::min(s.flying, s.window + 1);
-        for (int64_t n = 0; n < N; ++n) {
-            Flying& row = s.flight[n];
-            if (row.loop == 0) row.seat = s.seats[--s.free];
-            c.rows[n] = {row.seat, row.loop ? -1 : row.token, s.sequence, row.loop + 1, row.position};
-            row.loop += 1;
-        }
+        const int64_t N = begin_tick(c, s), said = s.tokens, front = s.flight[0].position;
         if (!loop(c, N, threads)) return false;
         s.ticks += 1;
         s.rows += N;
-        const int64_t done = s.flight[0].loop == s.loops;
+        for (int64_t n = 0; n < N; ++n) {
+            Flying& row = s.flight[c.rows[n].position - front];
+            if (!stops(s, row, c.hazards[n])) continue;
+            row.left = row.loop;
+            for (int64_t plane = row.left + 1; s.aliases && plane < c.planes; ++plane)
+                entry(c, s, plane, row.position) = entry(c, s, row.left, row.position);
+        }
         // The window counts from the first row that goes on.
-        const int64_t last = std::min(s.flight[0].position + done + s.window, s.last_row) - 1;
+        int64_t last = s.last_row - 1;
+        for (int64_t n = s.flying - 1; n >= 0; --n)
+            if (!s.flight[n].left) last = std::min(s.flight[n].position + s.window, s.last_row) - 1;
+        const auto drafts = [&](const Flying& row) {
+            const bool reads = row.left || row.loop == s.draft_loop || (s.redraft && row.loop > s.draft_loop);
+            return s.window && reads && row.position <= last;
+        };
         int64_t jobs = 0;
         for (int64_t n = 0; n < N; ++n) {
-            const Flying& row = s.flight[n];
-            const bool certain = n == 0 && done, reads = row.loop == s.draft_loop || (s.redraft && row.loop > s.draft_loop);
-            if (certain || (s.window && reads && row.position <= last))
-                c.draws[jobs++] = {n, certain, s.key, s.sample, row.position + 1, s.temperature};
+            const Flying& row = s.flight[c.rows[n].position - front];
+            if (row.left || drafts(row))
+                c.draws[jobs++] = {n, row.left > 0, s.key, s.sample, row.position + 1, s.temperature};
         }
         if (jobs) say(c, c.after, jobs, threads, &kept);
-        if (done && confirm(s, c.tokens[0], c.chances[0])) return true;
-        for (int64_t job = done; job < jobs; ++job) {
-            const int64_t place = c.draws[job].place - done;
+        for (int64_t job = 0; job < jobs; ++job) {
+            const int64_t place = c.draws[job].position - 1 - s.flight[0].position;
             if (place >= s.flying || s.flight[place].loop == 0) break;  // dropped meanwhile, and all behind it
-            draft(s, place, c.tokens[job]);
+            Flying& row = s.flight[place];
+            if (row.left && place == 0) {
+                if (confirm(s, c.tokens[job], c.chances[job])) return true;
+                continue;
+            }
+            if (row.left) row.spare = c.tokens[job], row.chance = c.chances[job];
+            if (drafts(row)) draft(s, place, c.tokens[job]);
         }
+        // A row that had stopped before it was confirmed speaks as soon as it is.
+        while (s.flight[0].left)
+            if (confirm(s, s.flight[0].spare, s.flight[0].chance)) return true;
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
-        if (done && (s.tokens == s.most || took.count() > s.seconds)) return true;
+        if (s.tokens > said && (s.tokens >= s.most || took.count() > s.seconds)) return true;
     }
 }
 

@@ -51,7 +51,7 @@ ROW_NUMBERS = 5
 DRAW = "5qd"
 """One `Draw`, as `struct` packs it."""
 DRAW_NUMBERS = 6
-FLYING, SAID = "5q", "3qd"
+FLYING, SAID = "7q2d", "4qd"
 """One `Flying` and one `Said`."""
 
 
@@ -60,9 +60,11 @@ class SoloShape(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("sequence", "loops", "last_row", "window", "draft_loop", "redraft")),
+        *((name, ctypes.c_int64) for name in ("planned", "min_loops", "aliases", "first", "page")),
         *((name, ctypes.c_int64) for name in ("key", "sample", "end_count", "most")),
-        *((name, ctypes.c_double) for name in ("temperature", "seconds")),
-        *((name, ctypes.c_void_p) for name in ("ends", "flight", "seats", "said")),
+        *((name, ctypes.c_double) for name in ("threshold", "temperature", "seconds")),
+        *(("ends", ctypes.c_void_p), ("own", ctypes.c_void_p), ("span", ctypes.c_int64)),
+        *((name, ctypes.c_void_p) for name in ("deepest", "flight", "seats", "said")),
         *((name, ctypes.c_int64) for name in ("flying", "free", "tokens", "ticks", "rows", "started")),
     )
 
