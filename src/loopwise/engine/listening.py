@@ -68,8 +68,10 @@ class ListeningEngine(Engine):
         return busy
 
     def _deliver(self, request: Request, emissions: list[Emission]) -> None:
-        ticket = self._tickets.get(request.number)
-        if emissions and ticket is not None:
+        ticket, last = self._tickets.get(request.number), self._news[-1] if self._news else None
+        if emissions and last is not None and last.ticket is ticket:
+            self._news[-1] = News(last.ticket, [*last.emissions, *emissions])  # one call of several ticks
+        elif emissions and ticket is not None:
             self._news.append(News(ticket, emissions))
         super()._deliver(request, emissions)
 
