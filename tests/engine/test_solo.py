@@ -133,8 +133,8 @@ def test_exits_are_as_tick_by_tick(rule: str, temperature: float, drafts: str, s
 def test_all_exits_are_as_tick_by_tick(
     shape: str, rule: str, temperature: float, drafts: str, stretches: list[Stretch | None]
 ) -> None:
-    exits_equal(shape, rule, temperature, drafts, 60)
-    assert sum(len(stretch.said) for stretch in stretches if stretch is not None) == 2 * 3 * 59
+    exits_equal(shape, rule, temperature, drafts, 48)  # to the end of what the model can read
+    assert sum(len(stretch.said) for stretch in stretches if stretch is not None) == 2 * 3 * 47
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
