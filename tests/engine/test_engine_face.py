@@ -115,14 +115,14 @@ class TestAborts:
     def test_an_aborted_answer_keeps_what_there_is(self, engine: Engine) -> None:
         sampling = Sampling(max_tokens=50, exit="hazard:0.7")
         wanted = alone(engine, [1, 2, 3], sampling)
+        ticket = engine.submit([1, 2, 3], sampling)
+        taken = []
+        for emission in ticket:  # this drives it: a thread might have come to the end before it hears of the abort
+            taken.append(emission)
+            if len(taken) == 5:
+                engine.abort(ticket)
+        done = ticket.wait()
         with engine:
-            ticket = engine.submit([1, 2, 3], sampling)
-            taken = []
-            for emission in ticket:
-                taken.append(emission)
-                if len(taken) == 5:
-                    engine.abort(ticket)
-            done = ticket.wait()
             engine.abort(ticket)  # too late, and harmless
             assert engine.submit([1, 2, 3], replace(sampling, max_tokens=4)).wait().tokens == wanted.tokens[:4]
         assert done.finish_reason == "abort"
