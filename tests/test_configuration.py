@@ -217,13 +217,13 @@ def same(one: Any, other: Any) -> bool:
     return repr(one) == repr(other)
 
 
-@settings(max_examples=settings().max_examples // 3)
+@settings(max_examples=settings().max_examples * 2 // 5)
 @given(runs)
 def test_a_config_survives_json(run: Run) -> None:
     assert same(from_dict(Run, json.loads(json.dumps(to_dict(run)))), run)
 
 
-@settings(max_examples=settings().max_examples // 3)
+@settings(max_examples=settings().max_examples * 2 // 5)
 @given(runs)
 def test_a_config_survives_being_typed(run: Run) -> None:
     """Every field written as a word builds the same config; text needs no quotes unless it reads as something else."""
@@ -240,7 +240,7 @@ def test_a_config_survives_being_typed(run: Run) -> None:
 names = st.sampled_from([field.name for field in dataclasses.fields(Run)]) | st.text()
 
 
-@settings(max_examples=settings().max_examples // 3)
+@settings(max_examples=settings().max_examples * 2 // 5)
 @given(st.dictionaries(names, st.recursive(st.none() | st.booleans() | st.text() | finite, st.lists)))
 def test_from_dict_fails_with_a_config_error_or_not_at_all(data: dict[str, Any]) -> None:
     with contextlib.suppress(ConfigError):

@@ -4,6 +4,7 @@ import runpy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,16 +113,30 @@ class TestThreads:
 
 
 class TestAborts:
-    def test_an_aborted_answer_keeps_what_there_is(self, engine: Engine) -> None:
+    @pytest.mark.parametrize("threaded", [False, True])
+    def test_an_aborted_answer_keeps_what_there_is(
+        self, engine: Engine, threaded: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         sampling = Sampling(max_tokens=50, exit="hazard:0.7")
         wanted = alone(engine, [1, 2, 3], sampling)
-        ticket = engine.submit([1, 2, 3], sampling)
-        taken = []
-        for emission in ticket:  # this drives it: a thread might have come to the end before it hears of the abort
-            taken.append(emission)
-            if len(taken) == 5:
-                engine.abort(ticket)
-        done = ticket.wait()
+        aborted, taken, tick = threading.Event(), [], engine._core.tick
+
+        def waiting_tick() -> bool:
+            """So that the thread is not at the end before it hears of the abort."""
+            assert len(ticket._request.answer.made) < 5 or aborted.wait(10)
+            return tick()
+
+        with engine if threaded else nullcontext():
+            ticket = engine.submit([1, 2, 3], sampling)
+            if threaded:
+                monkeypatch.setattr(engine._core, "tick", waiting_tick)
+            for emission in ticket:
+                taken.append(emission)
+                if len(taken) == 5:
+                    engine.abort(ticket)
+                    aborted.set()
+            done = ticket.wait()
+            monkeypatch.undo()
         with engine:
             engine.abort(ticket)  # too late, and harmless
             assert engine.submit([1, 2, 3], replace(sampling, max_tokens=4)).wait().tokens == wanted.tokens[:4]

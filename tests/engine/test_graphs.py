@@ -221,7 +221,7 @@ def test_all_that_graphs_use_is_held(shape: str, monkeypatch: pytest.MonkeyPatch
     matrix["check_same"](graphed.engine.generate(PROMPTS, settings), wanted)
     memory, rows = graphed.runner.memory, graphed.rows._rows
     assert rows is not None
-    held = [*graphed.rows._kept, *rows._numbers.values(), *rows._rotary]
+    held = [*graphed.rows._weights._kept, *rows._numbers.values(), *rows._rotary]
     held += [value for value in vars(rows).values() if isinstance(value, Tensor)]
     for pool in (memory.core, memory.boundary):
         held += () if pool is None else (*pool.keys.values(), *pool.values.values())

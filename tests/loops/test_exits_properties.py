@@ -83,7 +83,7 @@ seeds = st.integers(0, 2**31)
 
 
 @given(rules, seeds, st.integers(1, 8))
-@settings(max_examples=settings().max_examples // 2)
+@settings(max_examples=settings().max_examples * 3 // 5)
 def test_replay_of_a_batch_equals_replay_of_each_unit(text: str, seed: int, min_loops: int) -> None:
     trace = Trace(seed, 2, 3).fit(text)
     together = replay(text, min_loops=min_loops, **trace)
@@ -149,7 +149,7 @@ def test_a_newcomer_remembers_nothing(text: str) -> None:
 
 
 @given(rules, st.floats(1, 6), seeds)
-@settings(max_examples=settings().max_examples // 2)
+@settings(max_examples=settings().max_examples * 3 // 5)
 def test_budget_equals_units_run_one_after_the_other(inner: str, mean: float, seed: int) -> None:
     trace = Trace(seed, 5).fit(inner)
     budget = Budget(mean=mean, inner=parse_rule(inner))

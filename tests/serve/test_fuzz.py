@@ -23,7 +23,7 @@ def test_no_errors_of_ours(live: Live) -> None:
                 continue  # nothing in it could be wrong
             strategy = api.as_strategy(generation_mode=mode)
 
-            @settings(max_examples=settings().max_examples // 3, suppress_health_check=list(HealthCheck), **COMMON)
+            @settings(max_examples=settings().max_examples * 2 // 5, suppress_health_check=list(HealthCheck), **COMMON)
             def answered(case: schemathesis.Case) -> None:
                 asked = case.body.get("max_tokens") if isinstance(case.body, dict) else None
                 if isinstance(asked, int) and asked > 2:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from loopwise.engine.seats import Seats
+from loopwise.engine.weights import Weights
 from loopwise.memory.paged import PagedMemory
 from loopwise.models.looped_lm import LoopedLM
 from loopwise.nn.block import Block, Residual
@@ -61,9 +62,8 @@ class FewRows:
             "head": model.head_weight,
         }
         self._inner = [dict(block.named_parameters()).get(name) for block in model.core for name in LAYER_WEIGHTS]
-        self._weights = [weight for weight in (*self._outer.values(), *self._inner) if weight is not None]
-        self._addresses: list[int] = []
-        self._kept: list[Tensor] = []
+        weights = [weight for weight in (*self._outer.values(), *self._inner) if weight is not None]
+        self._weights = Weights(weights, seats.state.dtype, rows=True)
         first = next(iter(pool.keys.values()))
         self._layers = (ctypes.c_void_p * (LAYER_POINTERS * len(model.core)))()
         self._shape = CoreShape(
@@ -183,13 +183,8 @@ class FewRows:
         Raises:
             RuntimeError: they are of another type now.
         """
-        addresses = [weight.data_ptr() for weight in self._weights]
-        if addresses == self._addresses:
+        if not self._weights.moved():
             return
-        dtype = self._before.dtype
-        if not all(weight.dtype == dtype and weight.is_contiguous() for weight in self._weights):
-            raise RuntimeError("the model's weights have changed their type or layout; make a new engine")
-        self._addresses, self._kept = addresses, [weight.data for weight in self._weights]
         for name, weight in self._outer.items():
             setattr(self._shape, name, None if weight is None else weight.data_ptr())
         pool, weights = self._memory.core, iter(self._inner)

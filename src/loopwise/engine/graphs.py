@@ -22,6 +22,7 @@ from loopwise.engine.few import is_watched
 from loopwise.engine.request import Request, Row
 from loopwise.engine.seats import Seats
 from loopwise.engine.still import NUMBERS, Kind, StillRows
+from loopwise.engine.weights import Weights
 from loopwise.memory.paged import BOUNDARY, PagedMemory
 from loopwise.memory.pages import PagePool
 from loopwise.models.looped_lm import LoopedLM
@@ -85,9 +86,7 @@ class GraphedRows:
 
     def __init__(self, model: LoopedLM, memory: PagedMemory, seats: Seats, captures: Callable[[], Capture]) -> None:
         self._model, self._memory, self._seats, self._captures = model, memory, seats, captures
-        self._weights = list(model.parameters())
-        self._addresses: list[int] = []
-        self._kept: list[Tensor] = []
+        self._weights = Weights(model.parameters(), seats.state.dtype, rows=False)
         self._rows: StillRows | None = None
         self._places: tuple[object, ...] = (None,) * 3
         self._replays: dict[tuple[Kind, int], Callable[[], None]] = {}
@@ -228,14 +227,8 @@ class GraphedRows:
         Raises:
             RuntimeError: they are of another type now.
         """
-        addresses = [weight.data_ptr() for weight in self._weights]
-        if addresses == self._addresses:
-            return
-        dtype = self._seats.state.dtype
-        if not all(weight.dtype == dtype for weight in self._weights):
-            raise RuntimeError("the model's weights have changed their type; make a new engine")
-        self._addresses, self._kept = addresses, [weight.data for weight in self._weights]
-        self._rows = None
+        if self._weights.moved():
+            self._rows = None
 
 
 def read_numbers(rows: Sequence[tuple[Request, Row]], places: Sequence[int]) -> list[int]:

@@ -23,7 +23,7 @@ from loopwise.nn.kernels.launch import FLYING, SAID, SoloShape
 from loopwise.nn.kernels.linear import FEW_ROWS
 
 MOST = 16
-"""Tokens of one call, at most: what the host does for one is cheaper when it does it for several."""
+"""A call ends once so many tokens are certain: what the host does for one is cheaper when it does it for several."""
 SECONDS = 0.005
 """A call ends with the first certain token after this time: others may want to be let in, or an answer to end."""
 
@@ -100,7 +100,7 @@ class Solo:
             window: how many drafts ahead of its frontier it may run.
             settings: how drafts are made.
         """
-        few, flight, pages = self._runner.few, request.flight, request.pages
+        few, flight, pages, shape = self._runner.few, request.flight, request.pages, self._shape
         assert few is not None
         assert pages is not None
         first = flight[0].position
@@ -108,31 +108,17 @@ class Solo:
         taken = self._reserve(request, first, last)
         if taken is None:
             return None
-        seats = self._runner.seats
-        free = [seats.take() for _ in range(window + 2)]
-        for number, seat in enumerate(free):
-            self._seats[number] = seat
+        # Rows that begin anew find their own slots in it, whoever stopped early there before.
         own = self._memory.table(pages, last + 1)[1 : request.max_loops + 1, first:].copy()
-        ctypes.memset(self._deepest, 0, ctypes.sizeof(self._deepest))
-        for number, row in enumerate(flight):
-            self._put(number, row)
-            if row.position <= last:
-                self._deepest[row.position - first] = row.loop
-            if row.left and not self._memory.policy.fills:
-                self._memory.settle(pages, row.position, row.left, generated=True)
-        shape, sampling, answer = self._shape, request.sampling, request.answer
-        ends = (ctypes.c_int64 * len(answer.ends))(*answer.ends)
-        shape.sequence, shape.loops, shape.last_row = pages.seat, request.max_loops, request.last_row
-        shape.window = window
-        if settings is not None:
-            shape.draft_loop, shape.redraft = settings.draft_loop, settings.redraft
-        shape.planned = planned_exit(request, first) or 0
-        if isinstance(request.rule, Hazard):
-            shape.threshold, shape.min_loops = request.rule.threshold, sampling.min_loops
         shape.own, shape.first, shape.span = own.ctypes.data, first, last + 1 - first
-        shape.key, shape.sample, shape.temperature = sampling.key, answer.sample, sampling.temperature
+        ends = (ctypes.c_int64 * len(request.answer.ends))(*request.answer.ends)
         shape.ends, shape.end_count = ctypes.addressof(ends), len(ends)
-        shape.flying, shape.free = len(flight), len(free)
+        self._describe(request, window, settings)
+        self._put_flight(request, last)
+        seats = self._runner.seats
+        shape.free = window + 2
+        for number in range(shape.free):
+            self._seats[number] = seats.take()
         shape.tokens = shape.ticks = shape.rows = shape.started = 0
         few.run_alone(shape, self._runner.rotary_to(last))
         for seat in self._seats[: shape.free]:
@@ -148,12 +134,35 @@ class Solo:
         ]
         return Stretch(said, shape.ticks, shape.rows, shape.started)
 
-    def _put(self, number: int, row: Row) -> None:
-        spare, chance = (-1, 0.0) if row.spare is None else (row.spare.token, row.spare.logprob)
-        _FLYING.pack_into(
-            *(self._flight, number * _FLYING.size, row.position, row.token, row.loop, row.seat, row.asked, row.left),
-            *(spare, row.survival, chance),
-        )
+    def _describe(self, request: Request, window: int, settings: Speculation | None) -> None:
+        """How its rows run, stop, draft and choose."""
+        shape, sampling, pages = self._shape, request.sampling, request.pages
+        assert pages is not None
+        shape.sequence, shape.loops, shape.last_row = pages.seat, request.max_loops, request.last_row
+        shape.planned = planned_exit(request, request.flight[0].position) or 0
+        if isinstance(request.rule, Hazard):
+            shape.threshold, shape.min_loops = request.rule.threshold, sampling.min_loops
+        shape.window = window
+        if settings is not None:
+            shape.draft_loop, shape.redraft = settings.draft_loop, settings.redraft
+        shape.key, shape.sample, shape.temperature = sampling.key, request.answer.sample, sampling.temperature
+
+    def _put_flight(self, request: Request, last: int) -> None:
+        """Its rows as the call has them, which notes the planes of positions up to `last`."""
+        shape, pages = self._shape, request.pages
+        assert pages is not None
+        ctypes.memset(self._deepest, 0, ctypes.sizeof(self._deepest))
+        shape.flying = len(request.flight)
+        for number, row in enumerate(request.flight):
+            spare, chance = (-1, 0.0) if row.spare is None else (row.spare.token, row.spare.logprob)
+            _FLYING.pack_into(
+                *(self._flight, number * _FLYING.size, row.position, row.token, row.loop, row.seat, row.asked),
+                *(row.left, spare, row.survival, chance),
+            )
+            if row.position <= last:
+                self._deepest[row.position - shape.first] = row.loop
+            if row.left and shape.aliases:
+                self._memory.settle(pages, row.position, row.left, generated=True)
 
     def _give_back(self, pages: PageList, taken: Sequence[tuple[int, int]], first: int) -> None:
         """Pages that were taken for what rows might write, of planes that none of them has reached."""

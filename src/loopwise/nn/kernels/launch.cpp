@@ -276,7 +276,10 @@ inline void drop(Solo& s, int64_t from) {
         if (s.flight[s.flying - 1].loop > 0) s.seats[s.free++] = s.flight[s.flying - 1].seat;
 }
 
-inline bool is_end(const Solo& s, int64_t token) { return std::find(s.ends, s.ends + s.end_count, token) != s.ends + s.end_count; }
+inline bool is_end(const Solo& s, int64_t token) {
+    const int64_t* last = s.ends + s.end_count;
+    return std::find(s.ends, last, token) != last;
+}
 
 inline Flying fresh(int64_t position, int64_t token) { return {position, token, 0, -1, 0, 0, -1, 1.0, 0.0}; }
 
